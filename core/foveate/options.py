@@ -1,0 +1,38 @@
+"""The base of everything that a recipe configures: pydantic options, strict about keys, and paths of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
+
+
+class Options(BaseModel):
+    """Base of all options: unknown keys are errors, values are immutable, every field carries a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
+
+
+def recipe_folder(info: ValidationInfo) -> Path:
+    """The folder against which relative paths of the recipe under validation are read."""
+    context: dict[str, Any] = info.context or {}
+    return Path(context.get("folder", "."))
+
+
+def _resolve(path: Path, info: ValidationInfo) -> Path:
+    return (recipe_folder(info) / path.expanduser()).resolve()
+
+
+def _existing(path: Path, info: ValidationInfo) -> Path:
+    resolved = _resolve(path, info)
+    if not resolved.exists():
+        raise ValueError(f"no such file or folder: {resolved}")
+    return resolved
+
+
+RecipePath = Annotated[Path, AfterValidator(_resolve)]
+"""A path, relative to the recipe's folder; it need not exist."""
+
+ExistingPath = Annotated[Path, AfterValidator(_existing)]
+"""A path, relative to the recipe's folder, that must exist when the recipe is read."""
