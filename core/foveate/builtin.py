@@ -1,0 +1,29 @@
+"""Core's own encoders, projectors, LLMs and data sets, through the same hooks as anybody's."""
+
+from foveate.hookspecs import Register, hookimpl
+
+HOOK_API = 1
+
+
+@hookimpl
+def register_encoders(register: Register) -> None:
+    register("hf", "foveate.model.encoder:TransformersEncoder")
+    register("timm", "foveate.model.timm_encoder:TimmEncoder")
+
+
+@hookimpl
+def register_projectors(register: Register) -> None:
+    register("linear", "foveate.model.projector:LinearProjector")
+    register("mlp", "foveate.model.projector:MLPProjector")
+    register("pixel_shuffle_mlp", "foveate.model.projector:PixelShuffleProjector")
+
+
+@hookimpl
+def register_llms(register: Register) -> None:
+    register("hf", "foveate.model.language:TransformersLLM")
+
+
+@hookimpl
+def register_datasets(register: Register) -> None:
+    register("llava", "foveate.data.llava:LlavaDataset")
+    register("hf", "foveate.data.hub:HubDataset")
