@@ -45,10 +45,14 @@ class Learner(nn.Module):
         weight, bias = self.lmm.llm.head()
         read_SD = states_TD.index_select(0, batch.target_positions) * self.lmm.llm.logit_scale
         total, losses_S = linear_cross_entropy(read_SD, weight, bias, batch.target_ids)
-        if not batch.visual_positions.numel() and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not batch.visual_positions.numel() and self._vision_trained():
             total = total + self._unseen(batch)
         by_sample = losses_S.new_zeros(len(batch.sample_ids)).index_add(0, batch.sample_targets, losses_S)
         return StepOutput({"text": LossTerm(total)}, by_sample)
+
+    def _vision_trained(self) -> bool:
+        parts = (self.lmm.projector, self.lmm.encoder)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def _unseen(self, batch: Batch) -> Tensor:
         """Zero, through encoder and projector: a row without an image still gives them a (zero) gradient."""
