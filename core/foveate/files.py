@@ -1,0 +1,84 @@
+"""Files that are complete or absent: written aside, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from foveate.errors import RunError
+
+
+def _flush(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new empty folder beside `path` to write into; it becomes `path`, whole, when the block ends well.
+
+    What was at `path` is replaced. When the block fails nothing of it stays, and `path` is as it was before. Raises
+    `RunError` where the disk is full or not writable.
+    """
+    aside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    try:
+        for left_over in (aside, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        for folder, _, files in os.walk(aside):
+            for name in files:
+                _flush(Path(folder, name))
+            _flush(Path(folder))
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+        _flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _unwritable(path, error) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path`, whole or not at all. Raises `RunError` where the disk is full or not writable."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        _flush(aside)
+        aside.replace(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the JSON file at `path`, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises `RunError` where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}. It is damaged or not what foveate wrote.") from error
+
+
+def _unwritable(path: Path, error: OSError) -> RunError:
+    reason = error.strerror or str(error)
+    return RunError(f"{path} cannot be written: {reason}. Free space or make it writable; what was there still is.")
