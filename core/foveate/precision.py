@@ -9,26 +9,42 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class FrozenParts:
-    """Casts frozen parts down and back up. What a cast would round off waits in main memory until it is needed."""
+    """Casts frozen parts down and back up. What a cast would round off waits in main memory until it is needed.
+
+    Parameters and persistent buffers are cast in place, so that optimizers and adapters keep pointing at them;
+    non-persistent buffers (rotary frequencies) stay as they are.
+    """
 
     def __init__(self, full: torch.dtype, frozen: torch.dtype) -> None:
         self.full, self.frozen = full, frozen
-        self._kept: dict[str, dict[str, Tensor]] = {}
+        self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     @torch.no_grad()
     def freeze(self, name: str, part: nn.Module) -> None:
-        """Cast `part` to the frozen dtype; full-precision values that it cannot hold are kept aside."""
-        kept = self._kept.setdefault(name, {})
-        for key, tensor in part.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point() and tensor.dtype is self.full:
-                if not torch.equal(tensor.to(self.frozen).to(self.full), tensor):
-                    kept[key] = tensor.detach().cpu().clone()
-        part.to(self.frozen)
+        """Cast `part` to the frozen dtype; values that it cannot hold are kept aside."""
+        kept = self._kept.setdefault(name, [])
+        for tensor in _floats(part):
+            if tensor.dtype is self.full and not torch.equal(tensor.to(self.frozen).to(self.full), tensor):
+                kept.append((tensor, tensor.detach().to("cpu", copy=True)))
+            tensor.data = tensor.data.to(self.frozen)
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """The full-precision value behind a tensor of a part, frozen or not."""
+        for kept in self._kept.values():
+            for frozen, value in kept:
+                if frozen is tensor:
+                    return value
+        return tensor.detach()
 
     @torch.no_grad()
     def thaw(self, name: str, part: nn.Module) -> None:
-        """Cast `part` back to full precision, exactly as it was."""
-        part.to(self.full)
-        own = part.state_dict(keep_vars=True)
-        for key, tensor in self._kept.pop(name, {}).items():
-            own[key].copy_(tensor)
+        """Cast `part` to full precision, its values exactly as they were before `freeze`."""
+        for tensor in _floats(part):
+            tensor.data = tensor.data.to(self.full)
+        for tensor, value in self._kept.pop(name, []):
+            tensor.copy_(value)
+
+
+def _floats(part: nn.Module) -> list[Tensor]:
+    unique = {id(tensor): tensor for tensor in part.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
+    return list(unique.values())

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -23,7 +23,8 @@ from foveate.model.llava import read_llava
 from foveate.model.lmm import LMM, PARTS
 from foveate.options import Options
 from foveate.plugins import installed_plugins
-from foveate.recipe import ModelRecipe
+if TYPE_CHECKING:
+    from foveate.recipe import Model
 from foveate.types import EncoderSpec, Grid
 
 CARD = "foveate.json"
@@ -64,7 +65,7 @@ class Blueprint:
         return part.cls.out_grid(part.options, self.encoder_spec().grid)
 
 
-def blueprint(model: ModelRecipe) -> Blueprint:
+def blueprint(model: Model) -> Blueprint:
     """Resolve `model:`; `from:` first, then the parts that override it."""
     source = _read_source(model.from_) if model.from_ else Blueprint({})
     parts = dict(source.parts)
