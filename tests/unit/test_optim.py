@@ -55,7 +55,7 @@ class Llm(nn.Module):
             tie_word_embeddings=True,
         )
         self.hf: Any = Qwen2ForCausalLM(config)
-        self.hf.to(dtype)
+        self.to(dtype)
 
     def blocks(self) -> list[nn.Module]:
         return list(self.hf.model.layers)
