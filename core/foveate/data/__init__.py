@@ -1,0 +1,1 @@
+"""From rows to packed batches: data sets, templates, tokenizers, pictures, samples, steps."""

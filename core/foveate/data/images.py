@@ -1,0 +1,94 @@
+"""Pictures: opening them safely, and making the encoder's pixels with the processor that an export contains.
+
+The back end is torchvision's, transformers' own default wherever torchvision is installed: the PIL back end differs by
+a grey level when it resizes, so training and a loaded export must use the same one.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import transformers
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_transforms import convert_to_rgb
+
+from foveate.data.dataset import SampleError
+from foveate.errors import ModelError
+from foveate.types import EncoderSpec, Geometry, ImageRef
+
+MAX_PIXELS = 100_000_000
+"""A picture with more is refused before it is decoded (a decompression bomb, or a scan to shrink first)."""
+
+
+def make_image_processor(spec: EncoderSpec, geometry: Geometry) -> Any:
+    """The transformers image processor for `spec` and `geometry`; an export saves this very one.
+
+    `pad` is always a `LlavaImageProcessor` (padded to a square with the encoder's mean colour, then resized); `resize`
+    and `crop` are the class that the encoder names. Raises `ModelError` for one without a torchvision back end.
+    """
+    name = "LlavaImageProcessor" if geometry == "pad" else spec.image_processor
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, TorchvisionBackend)):
+        raise ModelError(f"the encoder's image processor '{name}' is none of transformers' torchvision processors")
+    square = {"height": spec.image_size, "width": spec.image_size}
+    size = {"shortest_edge": spec.image_size} if geometry == "crop" else square
+    return found(
+        do_pad=geometry == "pad", do_resize=True, size=size, resample=Image.Resampling(spec.resample),
+        do_center_crop=geometry == "crop", crop_size=square,
+        do_normalize=True, image_mean=list(spec.mean), image_std=list(spec.std),
+    )  # fmt: skip
+
+
+_processor = lru_cache(maxsize=16)(make_image_processor)
+
+
+def to_pixels(image: Image.Image, spec: EncoderSpec, geometry: Geometry) -> Tensor:
+    """The encoder's pixels `[3, S, S]` (float32, normalised) of an RGB picture of any size."""
+    processor = _processor(spec, geometry)
+    if image.size != (spec.image_size, spec.image_size):
+        return processor(image, return_tensors="pt")["pixel_values"][0]
+    # Every geometry leaves such a picture as it is: only the processor's last step, in a quarter of the time.
+    pixels, p = processor.process_image(image)[None], processor
+    return p.rescale_and_normalize(pixels, True, p.rescale_factor, True, p.image_mean, p.image_std)[0]
+
+
+def content_box(size: tuple[int, int], geometry: Geometry) -> tuple[float, float, float, float]:
+    """The box (left, top, right, bottom) of the square that is not padding, as fractions; `size` is (width, height)."""
+    if geometry != "pad":
+        return (0.0, 0.0, 1.0, 1.0)
+    (width, height), side = size, max(size)
+    left, top = (side - width) // 2, (side - height) // 2
+    return (left / side, top / side, (left + width) / side, (top + height) / side)
+
+
+def open_image(ref: ImageRef, where: str) -> Image.Image:
+    """The picture as RGB, upright (EXIF), transparency on white, 16 bits a channel reduced to 8.
+
+    Raises `SampleError` of kind "image" with the file's path when it is missing, truncated, corrupt or too large.
+    """
+    source = ref.source
+    try:
+        if isinstance(source, Path | bytes):
+            image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        else:
+            image = source() if callable(source) else source
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS}")
+        image.load()
+        if image.getexif().get(0x0112, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = image.point(lambda value: value / 256).convert("L")
+        if image.mode != "RGB" or "transparency" in image.info:
+            array: Any = convert_to_rgb(image, return_numpy=True)
+            image = Image.fromarray(array)
+        return image
+    except Exception as error:  # decoders raise anything from OSError to struct.error
+        name = str(source) if isinstance(source, Path) else "a picture"
+        problem = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error!r})"
+        raise SampleError("image", where, f"{name} {problem}") from error

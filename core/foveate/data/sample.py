@@ -1,0 +1,148 @@
+"""From a conversation to a sample: tokens, labels and image records first, pictures only when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from foveate.data.dataset import SampleError
+from foveate.data.images import content_box, open_image, to_pixels
+from foveate.data.templates import Template, encode
+from foveate.errors import DataError
+from foveate.types import IGNORE_INDEX, IMAGE_PLACEHOLDER, Conversation, EncoderSpec, Geometry, ImageRecord, Sample
+
+
+@dataclass(frozen=True, eq=False)
+class SampleRules:
+    """All that turns conversations into samples: what the model is made of, as numbers, not as modules.
+
+    `visual_grid` is the grid of visual tokens of one image. A sample longer than `max_length` tokens is an error, is
+    left out, or is cut after an earlier answer.
+    """
+
+    tokenizer: Any
+    template: Template
+    encoder: EncoderSpec
+    visual_grid: tuple[int, int]
+    geometry: Geometry = "pad"
+    max_length: int = 2048
+    on_long: Literal["error", "drop", "cut"] = "error"
+
+    @cached_property
+    def image_token_id(self) -> int:
+        """The id of `<image>`. Raises `DataError` when the tokenizer lacks it."""
+        found = self.tokenizer.get_vocab().get(IMAGE_PLACEHOLDER)
+        if found is None:
+            raise DataError(f"the tokenizer has no image token {IMAGE_PLACEHOLDER}; load it with `load_tokenizer`")
+        return found
+
+    @property
+    def visual_tokens(self) -> int:
+        """N, visual tokens of one image."""
+        return self.visual_grid[0] * self.visual_grid[1]
+
+
+def defects(conversation: Conversation) -> Iterator[SampleError]:
+    """What is wrong with a conversation before it is tokenized: every defect."""
+    where, turns = f"sample '{conversation.id}'", conversation.turns
+    shown = sum(ref.role == "input" for ref in conversation.images)
+    placeholders, answers = _placeholders(conversation), [turn.text for turn in turns if turn.role == "assistant"]
+    if turns and placeholders != shown:
+        problem = f"has {placeholders} {IMAGE_PLACEHOLDER} placeholders but {shown} images of role input"
+        yield SampleError("placeholders", where, problem)
+    if turns and not answers:
+        yield SampleError("answer", where, "has no answer: no turn of the assistant")
+    if not turns and not shown:
+        yield SampleError("answer", where, "has neither turns nor an image to show to the model")
+    if empty := sum(not text.strip() for text in answers):
+        yield SampleError("answer", where, f"has an empty answer ({empty} of {len(answers)})")
+
+
+def build_sample(conversation: Conversation, rules: SampleRules) -> Sample:
+    """Tokens, labels and image records of a conversation; no picture is opened.
+
+    Without turns the sample is its visual tokens, after BOS if the tokenizer has one, and nothing is supervised. Raises
+    `SampleError`: placeholders that do not match the images, no or an empty answer, nothing supervised, over-long.
+    """
+    for defect in defects(conversation):
+        raise defect
+    where, sample = f"sample '{conversation.id}'", _tokenize(conversation, rules)
+    if conversation.turns and not sample.supervised:
+        raise SampleError("unsupervised", where, f"has no supervised token in template '{rules.template.name}'")
+    if sample.length <= rules.max_length:
+        return sample
+    answers = [end for end, turn in enumerate(conversation.turns, 1) if turn.role == "assistant"]
+    for end in reversed(answers[:-1] if rules.on_long == "cut" else []):
+        shorter = _tokenize(replace(conversation, turns=conversation.turns[:end]), rules)
+        if shorter.length <= rules.max_length and shorter.supervised:
+            return shorter
+    reason = "even its first answer ends later" if rules.on_long == "cut" else f"on_long_sample is '{rules.on_long}'"
+    raise SampleError("long", where, f"has {sample.length} tokens, max_length is {rules.max_length} ({reason})")
+
+
+def load_pixels(sample: Sample, rules: SampleRules) -> Sample:
+    """The sample with its pictures opened: `pixels` filled, each record with its content box.
+
+    Raises `SampleError` of kind "image" for a picture that is missing or cannot be read.
+    """
+    images = [open_image(ref, f"sample '{sample.id}'") for ref in sample.refs]
+    boxes = [content_box(image.size, rules.geometry) for image in images]
+    return replace(
+        sample,
+        pixels=[to_pixels(image, rules.encoder, rules.geometry) for image in images],
+        images=[replace(record, content=box) for record, box in zip(sample.images, boxes, strict=True)],
+    )
+
+
+def _placeholders(conversation: Conversation) -> int:
+    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in conversation.turns)
+
+
+def _tokenize(conversation: Conversation, rules: SampleRules) -> Sample:
+    """Encode the turns, make each image token a run of visual tokens, and record where the run starts.
+
+    Where a conversation was cut, input images beyond its last placeholder go with the turns that showed them.
+    """
+    where, image, bos = f"sample '{conversation.id}'", rules.image_token_id, rules.tokenizer.bos_token_id
+    if conversation.turns:
+        shown = _placeholders(conversation)
+        try:
+            ids, supervised = encode(rules.template, rules.tokenizer, conversation.turns)
+        except DataError as error:
+            raise SampleError("row", where, str(error)) from None
+    else:
+        shown = sum(ref.role == "input" for ref in conversation.images)
+        ids = [bos] * (bos is not None) + [image] * shown
+        supervised = [False] * len(ids)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    starts: list[int] = []
+    for token, learned in zip(ids, supervised, strict=True):
+        if token == image:
+            starts.append(len(input_ids))
+            input_ids += [image] * rules.visual_tokens
+            labels += [IGNORE_INDEX] * rules.visual_tokens
+        else:
+            input_ids.append(token)
+            labels.append(token if learned else IGNORE_INDEX)
+    if len(starts) != shown:
+        problem = f"has {shown} placeholders; template '{rules.template.name}' made {len(starts)} image tokens of them"
+        raise SampleError("placeholders", where, problem)
+    images = [(index, ref) for index, ref in enumerate(conversation.images) if ref.role == "input"][:shown]
+    images += [(index, ref) for index, ref in enumerate(conversation.images) if ref.role == "target"]
+    starts += [-1] * (len(images) - shown)
+    return Sample(
+        id=conversation.id,
+        input_ids=torch.tensor(input_ids),
+        labels=torch.tensor(labels),
+        images=[
+            ImageRecord(conversation.id, index, ref.role, rules.visual_grid, start)
+            for (index, ref), start in zip(images, starts, strict=True)
+        ],
+        refs=tuple(ref for _, ref in images),
+        meta=conversation.meta,
+    )

@@ -1,0 +1,158 @@
+"""A stage's data: one item is one optimizer step, already dealt to this rank and packed into micro-batches."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from foveate.data.dataset import SampleError
+from foveate.data.mixture import Mixture, Source
+from foveate.data.packing import deal, dummy_batch, pack
+from foveate.data.sample import SampleRules, build_sample, load_pixels
+from foveate.errors import DataError
+from foveate.types import Batch, Sample
+
+_RATE_WINDOW = 1000  # below so many samples a rate means little
+
+
+@dataclass
+class StepBatches:
+    """This rank's share of one optimizer step.
+
+    `batches`: as many as on every other rank. `counts`: units of each part of the loss, here `text`, supervised tokens.
+    `skipped`: why places of the step stayed empty, each told by one rank only; `bad` of them are defects, the others
+    over-long samples that the recipe drops.
+    """
+
+    batches: list[Batch]
+    counts: dict[str, float]
+    samples: int
+    images: int
+    tokens: int
+    skipped: list[str] = field(default_factory=list)
+    bad: int = 0
+
+    def pin_memory(self) -> StepBatches:
+        """The same in page-locked memory; torch's loader calls it."""
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
+
+
+class StageData(Dataset[StepBatches | DataError]):
+    """Optimizer steps by number; `steps` loads them in workers.
+
+    Each step takes `batch_size` places of the mixture over all ranks (an epoch's last step may be short). All are
+    tokenized on every rank, which is how they agree who computes what; a rank opens only its own pictures. `budget`:
+    tokens of a micro-batch. With `on_bad="skip"` at most `max_bad_rate` of the samples may be defective.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        rules: SampleRules,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        budget: int = 16384,
+        rank: int = 0,
+        world: int = 1,
+        on_bad: Literal["error", "skip"] = "error",
+        max_bad_rate: float = 0.01,
+        workers: int = 0,
+        prefetch: int = 2,
+        shuffle: bool = True,
+        epochs: float | None = None,
+        max_steps: int | None = None,
+    ):
+        self.mixture, self.rules = Mixture(sources, seed, shuffle), rules
+        self.batch_size, self.budget, self.rank, self.world = batch_size, budget, rank, world
+        self.on_bad, self.max_bad_rate = on_bad, max_bad_rate
+        self.workers, self.prefetch = workers, prefetch
+        self.steps_per_epoch = math.ceil(len(self.mixture) / batch_size)
+        by_epochs = math.ceil((epochs if epochs is not None else 1) * self.steps_per_epoch)
+        self.total_steps = by_epochs if max_steps is None else max_steps if epochs is None else min(by_epochs, max_steps)
+        self._order: list[int] = []
+        self._loader: DataLoader[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_loader": None}
+
+    def __len__(self) -> int:
+        return self.total_steps
+
+    def steps(self, start: int = 0) -> Iterator[StepBatches]:
+        """The steps from `start` on, in order; nothing before is read.
+
+        Raises `DataError` for a defective sample, or when too many were skipped. One iteration at a time.
+        """
+        self._order[:] = range(start, self.total_steps)
+        if self._loader is None:
+            if self.workers:
+                os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or forked workers warn about it
+            self._loader = DataLoader(
+                self,
+                batch_size=None,
+                sampler=self._order,
+                num_workers=self.workers,
+                prefetch_factor=self.prefetch if self.workers else None,
+                persistent_workers=self.workers > 0,
+                pin_memory=torch.cuda.is_available(),
+            )
+        seen, bad, reasons = 0, 0, list[str]()
+        planned = self.total_steps * self.batch_size / self.world
+        for number, item in enumerate(self._loader, 1):
+            if isinstance(item, DataError):
+                raise item  # as it was raised, without the worker's traceback
+            seen, bad = number * self.batch_size // self.world, bad + item.bad
+            reasons += item.skipped[: 5 - len(reasons)]
+            if bad > self.max_bad_rate * min(planned, max(seen, _RATE_WINDOW)):
+                raise DataError(
+                    f"{bad} of the first {seen} samples were skipped as defective, more than max_bad_rate "
+                    f"{self.max_bad_rate:g} allows; `foveate data check` lists all. The first: " + "; ".join(reasons)
+                )
+            yield item
+
+    def __getitem__(self, step: int) -> StepBatches | DataError:
+        try:
+            return self._step(step)
+        except DataError as error:
+            return error
+
+    def _step(self, step: int) -> StepBatches:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        first = place * self.batch_size
+        result = StepBatches([], {"text": 0.0}, samples=0, images=0, tokens=0)
+        outlines: list[Sample] = []
+        for position in range(first, min(first + self.batch_size, len(self.mixture))):
+            source, index = self.mixture.sample_at(epoch, position)
+            try:
+                outlines.append(build_sample(self.mixture.sources[source].dataset[index], self.rules))
+            except SampleError as error:
+                self._skip(error, result, told=position % self.world == self.rank)
+        for group in deal([sample.length for sample in outlines], self.world, self.budget)[self.rank]:
+            samples = []
+            for number in group:
+                try:
+                    samples.append(load_pixels(outlines[number], self.rules))
+                except SampleError as error:
+                    self._skip(error, result, told=True)
+            result.batches.append(pack(samples) if samples else dummy_batch(self.rules))
+            result.samples += len(samples)
+            result.images += sum(len(sample.images) for sample in samples)
+            result.tokens += sum(sample.length for sample in samples)
+            result.counts["text"] += sum(sample.supervised for sample in samples)
+        return result
+
+    def _skip(self, error: SampleError, result: StepBatches, told: bool) -> None:
+        """Leave a place empty if the recipe allows it. Raises `error` if not."""
+        dropped = error.kind == "long" and self.rules.on_long == "drop"
+        if not dropped and self.on_bad == "error":
+            raise error
+        if told:
+            result.skipped.append(str(error))
+            result.bad += not dropped
