@@ -15,9 +15,9 @@ class Options(BaseModel):
 
 
 def recipe_folder(info: ValidationInfo) -> Path:
-    """The folder against which relative paths of the recipe under validation are read."""
+    """The folder against which a relative path in the field under validation is read: that of the file it stands in."""
     context: dict[str, Any] = info.context or {}
-    return Path(context.get("folder", "."))
+    return Path((context.get("folders") or {}).get(info.field_name) or context.get("folder", "."))
 
 
 def _resolve(path: Path, info: ValidationInfo) -> Path:

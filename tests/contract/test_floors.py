@@ -13,7 +13,7 @@ PLUGINS = ROOT / "plugins"
 
 FLOORS: list[set[str]] = [
     {"errors", "types", "options"},
-    {"objective", "hookspecs"},
+    {"objective", "hookspecs", "yaml_tree", "explain"},
     {"plugins", "registry"},
     {"recipe", "recipe_file"},
     {"data"},
