@@ -119,17 +119,21 @@ def _varlen(
 def _segmentwise(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None, p: float
 ) -> Tensor:
-    """One `scaled_dot_product_attention` per run of equally long segments, on views of the row."""
-    outputs, start = [], 0
-    for count, length in segments.runs:
-        end = start + count * length
-        q, k, v = (x[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+    """One `scaled_dot_product_attention` per run of equally long segments, on views of the row.
+
+    The row is cut by `split`, whose backward is one concatenation; a slice a segment would make a gradient of the whole
+    row for each of them.
+    """
+    runs = segments.runs
+    cuts = [count * length for count, length in runs]
+    outputs = []
+    for (count, length), *parts in zip(runs, *(x[0].split(cuts, dim=1) for x in (query, key, value)), strict=True):
+        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)
         mask = _band(length, window, query.device) if window is not None and length > window else None
         out = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p=p, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2).reshape(count * length, q.shape[1], v.shape[-1]))
-        start = end
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
 
