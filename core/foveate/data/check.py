@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,31 +48,31 @@ class Report:
     @property
     def statistics(self) -> dict[str, dict[str, float]]:
         """Count, minimum, median, 95th percentile and maximum of each measure."""
-        names = ("min", "median", "p95", "max")
-        return {
-            name: {"count": len(values), **dict(zip(names, np.percentile(values, [0, 50, 95, 100]), strict=True))}
-            for name, values in self.measures.items()
-        }
+        found = {name: [len(values), *np.percentile(values, [0, 50, 95, 100])] for name, values in self.measures.items()}
+        return {name: dict(zip(("count", "min", "median", "p95", "max"), row, strict=True)) for name, row in found.items()}
 
-    def measure(self, **values: int) -> None:
-        """Add one value to each named measure."""
-        for name, value in values.items():
-            self.measures.setdefault(name, []).append(value)
+    def measure(self, **values: Iterable[int]) -> None:
+        """Add values to measures."""
+        for name, more in values.items():
+            self.measures.setdefault(name, []).extend(more)
 
 
 class _Chunks(Dataset[Report]):
-    """Reports on 256 samples each."""
+    """Reports on 256 samples each, at most `limit` samples of a source, spread over all of it."""
 
-    def __init__(self, sources: Sequence[Source], rules: SampleRules):
-        self.rules = rules
-        self.chunks = [(source, at) for source in sources for at in range(0, len(source.dataset), _CHUNK)]
+    def __init__(self, sources: Sequence[Source], rules: SampleRules, limit: int | None):
+        self.rules, self.chunks = rules, list[tuple[Source, list[int]]]()
+        for source in sources:
+            size = len(source.dataset)
+            picked = np.linspace(0, size, min(size, limit or size), endpoint=False).astype(int).tolist()
+            self.chunks += [(source, picked[at : at + _CHUNK]) for at in range(0, len(picked), _CHUNK)]
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, chunk: int) -> Report:
-        (source, start), report = self.chunks[chunk], Report()
-        for index in range(start, min(start + _CHUNK, len(source.dataset))):
+        (source, picked), report = self.chunks[chunk], Report()
+        for index in picked:
             report.samples += 1
             self._inspect(source, index, report)
         return report
@@ -85,30 +85,29 @@ class _Chunks(Dataset[Report]):
             for ref in conversation.images:
                 try:
                     width, height = open_image(ref, sample_id).size
-                    report.measure(width=width, height=height)
+                    report.measure(width=[width], height=[height])
                 except SampleError as error:
                     found.append(error)
             if all(error.kind == "image" for error in found):
                 sample = build_sample(conversation, self.rules)
-                report.measure(tokens=sample.length, supervised=sample.supervised)
+                report.measure(tokens=[sample.length], supervised=[sample.supervised])
         except SampleError as error:
             found.append(error)
         report.defects += [Defect(source.name, index, sample_id, error.kind, error.problem) for error in found]
 
 
 def check(
-    sources: Sequence[Source], rules: SampleRules, workers: int = 0, progress: Callable[[int], Any] | None = None
-) -> Report:
-    """Read every sample and open every picture of `sources`, whatever their weights; `progress(samples done)`.
+    sources: Sequence[Source], rules: SampleRules, workers: int = 0, limit: int | None = None,
+    progress: Callable[[int], Any] = lambda samples: None,
+) -> Report:  # fmt: skip
+    """Read samples and open their pictures, all of each source or `limit` spread over it; `progress(samples done)`.
 
     Never raises for a defective sample: the report names all of them.
     """
     report = Report()
-    for part in DataLoader(_Chunks(sources, rules), batch_size=None, num_workers=workers):
+    for part in DataLoader(_Chunks(sources, rules, limit), batch_size=None, num_workers=workers):
         report.samples += part.samples
         report.defects += part.defects
-        for name, values in part.measures.items():
-            report.measures.setdefault(name, []).extend(values)
-        if progress is not None:
-            progress(report.samples)
+        report.measure(**part.measures)
+        progress(report.samples)
     return report

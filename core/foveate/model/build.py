@@ -23,6 +23,7 @@ from foveate.model.llava import read_llava
 from foveate.model.lmm import LMM, PARTS
 from foveate.options import Options
 from foveate.plugins import installed_plugins
+
 if TYPE_CHECKING:
     from foveate.recipe import Model
 from foveate.types import EncoderSpec, Grid
@@ -172,7 +173,8 @@ def _read_folder(folder: Path) -> Blueprint:
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     plugins = installed_plugins()
     parts = {
-        name: _part(plugins, name, entry["type"], entry["options"], str(folder)) for name, entry in card["parts"].items()
+        name: _part(plugins, name, entry["type"], entry["options"], str(folder))
+        for name, entry in card["parts"].items()
     }
 
     def weights() -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ Shapes: T tokens of a packed row, S supervised positions, D width of the LLM, V 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from foveate.errors import ModelError
 from foveate.model.attention import NAME, Segments
 from foveate.options import Options
-
 
 
 class LanguageModel(nn.Module, ABC):
@@ -69,8 +67,8 @@ class TransformersLLMOptions(Options):
     )
     tokenizer: str | TrainedTokenizer | None = Field(
         None,
-        description="Hub id or folder of a tokenizer, or `{vocab_size: …}` to train one. Default: that of `pretrained`, "
-        "or a trained one.",
+        description="Hub id or folder of a tokenizer, or `{vocab_size: …}` to train one. Default: that of "
+        "`pretrained`, or a trained one.",
     )
     trust_remote_code: bool = Field(False, description="Let transformers run code that comes with `pretrained`.")
 
@@ -167,8 +165,8 @@ def read_config(options: TransformersLLMOptions) -> PretrainedConfig:
     except Exception as error:
         source = f"'{options.config['model_type']}'" if options.config else f"'{options.pretrained}'"
         raise ModelError(
-            f"cannot read the architecture of LLM {source}: {error}. Check the name, use a local folder, or a preset of "
-            f"registry.yaml, which carries its config"
+            f"cannot read the architecture of LLM {source}: {error}. Check the name, use a local folder, or a preset "
+            f"of registry.yaml, which carries its config"
         ) from error
 
 

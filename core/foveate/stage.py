@@ -1,0 +1,269 @@
+"""One stage of a recipe: its optimizer steps, and nothing else. The one loop, whatever it trains."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from foveate.checkpoint import checkpoint_folder, load_optimizer_state, optimizer_state, save_checkpoint
+from foveate.data.steps import StageData, StepBatches
+from foveate.errors import TrainingError
+from foveate.learner import StepOutput
+from foveate.model.lmm import PARTS
+from foveate.optim import (
+    MovementCheck,
+    TrainedPart,
+    clip_gradients,
+    make_optimizer,
+    merge_lora,
+    part_parameters,
+    schedule_factor,
+    set_learning_rates,
+)
+from foveate.recipe import Stage
+from foveate.session import Session
+
+MOVEMENT_STEPS = 3
+"""Steps after which a trained part that has not moved is an error."""
+
+
+class StageLoop:
+    """The steps of one stage. `run` starts where the newest checkpoint of the stage ends."""
+
+    def __init__(self, session: Session, stage: Stage, data: StageData) -> None:
+        self.session, self.stage, self.data = session, stage, data
+        self.modules: dict[str, nn.Module] = {name: getattr(session.lmm, name) for name in PARTS}
+        self.parts = self._freeze_and_train()
+        self.optimizer = make_optimizer(self.parts, stage.weight_decay, stage.betas)
+        self.step = 0
+        self.learner: nn.Module = session.learner
+
+    def _freeze_and_train(self) -> list[TrainedPart]:
+        """Frozen parts into their dtype and evaluation mode, trained ones into full precision and training mode."""
+        rules = self.stage.train
+        for name, module in self.modules.items():
+            whole = [rule for rule_name, rule in rules.items() if rule_name.partition(".")[0] == name]
+            if whole and not any(rule.lora for rule in whole):
+                self.session.frozen.thaw(name, module)
+            else:
+                self.session.frozen.freeze(name, module)
+            module.train(bool(whole))
+        return part_parameters(self.modules, rules)
+
+    def run(self) -> None:
+        """Train to the end of the stage, or until somebody asks for a stop; then leave a checkpoint."""
+        session, stage = self.session, self.stage
+        self._resume()
+        movement = MovementCheck(self.modules, self.parts) if self.step == 0 else None
+        self.learner, optimizer = session.accelerator.prepare(session.learner, self.optimizer)
+        total = self.data.total_steps
+        with session.display.stage(stage.name, total, self.step) as bar, self._memory_savers():
+            work: StepBatches
+            for work, waited in timed(self.data.steps(self.step)):
+                started = time.perf_counter()
+                rates = set_learning_rates(
+                    self.optimizer, schedule_factor(stage.schedule, self.step, total, stage.warmup)
+                )
+                metrics = self._take_step(work, optimizer)
+                self.step += 1
+                if movement is not None and self.step == min(MOVEMENT_STEPS, total):
+                    movement.verify(f"stage {stage.name}, step {self.step}")
+                    movement = None
+                metrics |= {f"lr/{part}": rate for part, rate in rates.items()}
+                metrics |= {"step_seconds": time.perf_counter() - started + waited, "data_wait": waited}
+                if self._due(stage.validate_.every if stage.validate_ else None) or self.step == total:
+                    metrics |= self._validate()
+                session.log(stage.name, self.step, metrics)
+                bar.advance(self.step, metrics)
+                if session.stop.requested or self._due(session.recipe.checkpoint_every):
+                    self.save()
+                session.stop.check(stage.name, self.step)
+        self._finish()
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _take_step(self, work: StepBatches, optimizer: Any) -> dict[str, float]:
+        """Forward and backward of every micro-batch, one division by the step's counts, one update."""
+        session = self.session
+        counts = session.sum_over_processes(
+            {**work.counts, "samples": work.samples, "images": work.images, "tokens": work.tokens}
+        )
+        sums: dict[str, Tensor] = {}
+        suspects: list[tuple[Tensor, list[str]]] = []
+        for number, batch in enumerate(work.batches, 1):
+            last = number == len(work.batches)
+            with contextlib.nullcontext() if last else session.accelerator.no_sync(self.learner):
+                output: StepOutput = self.learner(batch.to(session.device))
+                share = session.accelerator.num_processes  # undoes the average that DDP takes over processes
+                session.accelerator.backward(share * self._weighted(totals_of(output), counts))
+            for name, total in totals_of(output).items():
+                sums[name] = sums.get(name, 0.0) + total.detach()
+            suspects.append((output.text_by_sample, batch.sample_ids))
+        losses = self._means(sums, counts, suspects)
+        samples = [sample for _, ids in suspects for sample in ids]
+        shown = ", ".join(samples[:8]) + " …" * (len(samples) > 8)
+        where = f"stage {self.stage.name}, step {self.step + 1} (samples {shown})"
+        norm = clip_gradients(self.parts, self.stage.clip, where)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        sizes = {name: counts[name] for name in ("samples", "images", "tokens")}
+        return {**losses, "grad_norm": norm, **sizes}
+
+    def _weighted(self, totals: Mapping[str, Tensor], counts: Mapping[str, float]) -> Tensor:
+        """The loss: each part's sum over the step's count of its units, times the recipe's weight."""
+        terms = [self.session.weight(name) * total / max(counts[name], 1.0) for name, total in totals.items()]
+        return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
+
+    def _means(
+        self, sums: Mapping[str, Tensor], counts: Mapping[str, float], suspects: list[tuple[Tensor, list[str]]]
+    ) -> dict[str, float]:
+        """Raw means of every part and the weighted total. Raises `TrainingError` where one is not finite."""
+        local = {name: float(total) for name, total in sums.items()}
+        totals = self.session.sum_over_processes(local)
+        if not all(math.isfinite(total) for total in totals.values()):
+            bad = ", ".join(name for name, total in totals.items() if not math.isfinite(total))
+            culprits = [
+                sample
+                for losses, samples in suspects
+                for sample, loss in zip(samples, losses.tolist(), strict=True)
+                if not math.isfinite(loss)
+            ]
+            raise TrainingError(
+                f"the loss of '{bad}' is not finite in stage {self.stage.name}, step {self.step + 1}; samples: "
+                f"{', '.join(culprits[:8]) or 'all'}. The weights are those before this step."
+            )
+        means = {name: total / max(counts[name], 1.0) for name, total in totals.items()}
+        weighted = sum(self.session.weight(name) * mean for name, mean in means.items())
+        return {"loss": weighted, **{f"loss/{name}": mean for name, mean in means.items()}}
+
+    @contextlib.contextmanager
+    def _memory_savers(self) -> Iterator[None]:
+        """Gradient checkpointing and compilation of the blocks, as the recipe's `hardware` asks, undone at the end."""
+        hardware = self.session.recipe.hardware
+        blocks = [*self.session.lmm.encoder.blocks(), *self.session.lmm.llm.blocks()]
+        plain = [(block, block.forward) for block in blocks]
+        for block, forward in plain:
+            if hardware.compile:
+                forward = torch.compile(forward)
+            if hardware.gradient_checkpointing:
+                forward = functools.partial(_checkpointed, forward)
+            block.forward = forward
+        try:
+            yield
+        finally:
+            for block, _ in plain:
+                block.__dict__.pop("forward", None)
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Held-out loss of every part, as `valid/loss/NAME`."""
+        held_out = self.session.held_out(self.stage)
+        if held_out is None:
+            return {}
+        modes = {name: module.training for name, module in self.modules.items()}
+        self.session.learner.eval()
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for work in held_out.steps():
+            for batch in work.batches:
+                for name, total in totals_of(self.learner(batch.to(self.session.device))).items():
+                    sums[name] = sums.get(name, 0.0) + float(total)
+            for name, count in work.counts.items():
+                counts[name] = counts.get(name, 0.0) + count
+        for name, training in modes.items():
+            self.modules[name].train(training)
+        totals, counts = self.session.sum_over_processes(sums), self.session.sum_over_processes(counts)
+        return {f"valid/loss/{name}": total / max(counts[name], 1.0) for name, total in totals.items()}
+
+    def _names(self) -> dict[str, Tensor]:
+        """State-dict name → tensor of what has been trained so far, adapters of this stage included."""
+        trained = {name for part in self.parts for name in part.parameters}
+        names: dict[str, Tensor] = {}
+        for name, parameter in self.session.lmm.named_parameters():
+            plain = name.replace(".base_layer", "")
+            if name in trained or plain in self.session.touched:
+                names[plain] = parameter
+        return names
+
+    def _resume(self) -> None:
+        """Adapters, optimizer and position of the stage's newest checkpoint, if the run has one."""
+        found = self.session.checkpoint
+        if found is None or found.state["stage"] != self.stage.name:
+            return
+        own = dict(self.session.lmm.named_parameters())
+        with torch.no_grad():
+            for name, tensor in found.tensors["model"].items():
+                if ".lora_" in name:
+                    own[name].copy_(tensor)
+        load_optimizer_state(self.optimizer, self._trained(), found.tensors["optimizer"])
+        self.step = int(found.state["step"])
+        self.session.checkpoint = None
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: parameter for part in self.parts for name, parameter in part.parameters.items()}
+
+    def save(self, finished: bool = False) -> None:
+        """A checkpoint of this step, complete or absent; a finished stage needs no optimizer any more."""
+        session = self.session
+        if session.accelerator.is_main_process:
+            model = {name: session.frozen.value(tensor) for name, tensor in self._names().items()}
+            optimizer = {} if finished else optimizer_state(self.optimizer, self._trained())
+            folder = checkpoint_folder(session.run.stage_folder(self.stage.name), self.step)
+            state = {"stage": self.stage.name, "step": self.step, "finished": finished}
+            state["touched"] = sorted(session.touched)
+            save_checkpoint(folder, {"model": model, "optimizer": optimizer}, state)
+            session.plugins.hook.checkpoint_saved(
+                run=session.run, stage=self.stage.name, step=self.step, folder=str(folder)
+            )
+        session.accelerator.wait_for_everyone()
+
+    def _finish(self) -> None:
+        """Wrappers taken away, adapters merged, a last checkpoint."""
+        session = self.session
+        session.accelerator.unwrap_model(self.learner, keep_fp32_wrapper=False)
+        session.accelerator.free_memory()
+        session.touched |= {_merged_name(name) for name in self._trained()}
+        for name, rule in self.stage.train.items():
+            if rule.lora:
+                part = name.partition(".")[0]
+                session.frozen.thaw(part, self.modules[part])
+                merge_lora(self.modules[part])
+        self.parts = []
+        self.save(finished=True)
+
+
+def _merged_name(name: str) -> str:
+    """The weight that a trained parameter ends up in: itself, or the one that its adapter is merged into."""
+    return name.partition(".lora_")[0] + ".weight" if ".lora_" in name else name
+
+
+def totals_of(output: StepOutput) -> dict[str, Tensor]:
+    """The sum of every part of the loss."""
+    return {name: term.total for name, term in output.terms.items()}
+
+
+def timed(steps: Iterable[StepBatches]) -> Iterator[tuple[StepBatches, float]]:
+    """Each step's batches, and the seconds that the loop waited for them."""
+    iterator = iter(steps)
+    while True:
+        started = time.perf_counter()
+        work = next(iterator, None)
+        if work is None:
+            return
+        yield work, time.perf_counter() - started
+
+
+def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Recompute a block in the backward pass instead of keeping its activations."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return recompute(forward, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,90 @@
+"""`train(recipe)`: the whole run, read as a story."""
+
+from __future__ import annotations
+
+from accelerate.utils import gather_object
+
+from foveate.errors import RunError
+from foveate.files import atomic_folder, write_json
+from foveate.metrics import Answer, Evaluation, evaluate
+from foveate.model.build import save_lmm
+from foveate.progress import Display
+from foveate.recipe import Recipe
+from foveate.run import Run
+from foveate.session import Session, StopRequest
+from foveate.stage import StageLoop
+
+MODEL = "model"
+EVALUATION = "evaluation.json"
+
+
+def train(recipe: Recipe, *, resume: bool = False, display: Display | None = None) -> Run:
+    """Train a recipe's stages one after the other, save the model, evaluate it; returns the run.
+
+    Raises `UserError` before anything is computed when recipe, data or folder are wrong, `TrainingError` when training
+    cannot go on, `Interrupted` after a checkpoint when somebody asks for a stop.
+    """
+    with StopRequest() as stop:
+        session = Session.open(recipe, display or Display(recipe.log_every), stop, resume)
+        main = session.accelerator.is_main_process
+        for stage in recipe.stages:
+            if session.finished(stage):
+                continue
+            if main:
+                session.plugins.hook.stage_started(run=session.run, stage=stage.name)
+            StageLoop(session, stage, session.stage_data(stage)).run()
+            if main:
+                session.plugins.hook.stage_finished(run=session.run, stage=stage.name)
+        save_model(session)
+        evaluate_run(session)
+        session.accelerator.end_training()
+    return session.run
+
+
+def save_model(session: Session) -> None:
+    """The trained LMM as `RUN/model`: complete or absent."""
+    for name, part in session.lmm.named_children():
+        session.frozen.thaw(name, part)
+    if session.accelerator.is_main_process:
+        last = session.recipe.stages[-1]
+        facts = {
+            "image_token_id": session.data.rules(last).image_token_id,
+            "geometry": last.geometry,
+            "template": last.template,
+            "visual_grid": list(session.plan.visual_grid()),
+        }
+        with atomic_folder(session.run.folder / MODEL) as folder:
+            save_lmm(session.lmm, session.plan, folder, session.data.tokenizer, facts)
+    session.accelerator.wait_for_everyone()
+
+
+def evaluate_run(session: Session) -> list[Evaluation]:
+    """The recipe's metrics on its held-out data: shown, and written to `RUN/evaluation.json`."""
+    wish = session.recipe.evaluate
+    if wish is None:
+        return []
+    metrics = [component.cls(component.options) for component in wish.metrics]
+    learner = session.learner.eval()
+    data = session.evaluation_data(wish)
+    batches = (
+        batch.to(session.device)
+        for work in session.display.track(data.steps(), "evaluating", data.total_steps)
+        for batch in work.batches
+    )
+
+    def predict(batch: object) -> object:
+        with session.accelerator.autocast():
+            return learner.predict(batch)  # type: ignore[arg-type]
+
+    def gather(answers: list[Answer]) -> list[Answer]:
+        return gather_object(answers) if session.accelerator.num_processes > 1 else answers
+
+    found = evaluate(metrics, batches, predict, gather)  # type: ignore[arg-type]
+    if session.accelerator.is_main_process:
+        for evaluation in found:
+            session.display.table(evaluation.title, evaluation.columns, evaluation.rows, evaluation.notes)
+        write_json(session.run.folder / EVALUATION, [vars(evaluation) for evaluation in found])
+    return found
+
+
+__all__ = ["Run", "RunError", "train"]
