@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -37,13 +37,13 @@ class Display:
         if self.quiet:
             return
         rows, console = list(rows), _console(stderr=False)
-        table = Table(title=Text(title), title_justify="left", title_style="bold", header_style="")
+        table = Table(header_style="")
         for number, column in enumerate(columns):
             text = any(isinstance(row[number], str) for row in rows)
             table.add_column(Text(column), justify="left" if text else "right", overflow="fold")
         for row in rows:
             table.add_row(*(Text(_cell(value)) for value in row))
-        console.print(table)
+        console.print(Text(title, style="bold"), table, sep="\n", soft_wrap=False)
         for note in notes:
             console.print(note, markup=False, highlight=False, soft_wrap=True)
 
@@ -53,16 +53,29 @@ class Display:
         with _bar(self.quiet) as bar:
             yield StageProgress(self, name, total, start, bar)
 
-    def track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
-        """The same items; says how many of them have been taken."""
+    @contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A function to call with how many of `total` are done; without a terminal a tenth is a line."""
         with _bar(self.quiet) as bar:
             task = bar.add_task(what, total=total, text="") if bar else None
+            said = 0
+
+            def done(number: int) -> None:
+                nonlocal said
+                if bar and task is not None:
+                    bar.update(task, completed=number)
+                elif number * 10 // max(total, 1) > said:
+                    said = number * 10 // max(total, 1)
+                    self.say(f"{what} {number}/{total}")
+
+            yield done
+
+    def track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
+        """The same items, counted."""
+        with self.counting(what, total) as done:
             for number, item in enumerate(items, 1):
                 yield item
-                if bar and task is not None:
-                    bar.advance(task)
-                elif number == total or number % max(1, total // 10) == 0:
-                    self.say(f"{what} {number}/{total}")
+                done(number)
 
 
 class StageProgress:

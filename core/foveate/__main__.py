@@ -1,0 +1,5 @@
+"""`python -m foveate`, which is what `accelerate launch -m foveate` runs."""
+
+from foveate.cli import main
+
+main()

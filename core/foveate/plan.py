@@ -1,0 +1,189 @@
+"""The plan of a recipe: what each stage trains, how long it is, what it feeds the model. No weights are loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from torch import nn
+
+from foveate.data.dataset import SampleError
+from foveate.data.mixture import Mixture
+from foveate.data.sample import SampleRules, build_sample
+from foveate.data.steps import StageData
+from foveate.errors import ModelError, RecipeError
+from foveate.explain import did_you_mean
+from foveate.model.build import Blueprint, blueprint, build_lmm
+from foveate.optim import part_parameters
+from foveate.progress import Display
+from foveate.recipe import PARTS, Precision, Recipe, Stage
+from foveate.session import DataRoom
+
+_PROBE = 256
+"""Samples of a stage that are tokenized to estimate its tokens."""
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """One part in one stage. `how`: trained, frozen, or what limits the training; `lr` None where frozen."""
+
+    part: str
+    how: str
+    parameters: int
+    trained: int
+    lr: float | None
+    dtype: str
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage. `samples` of an epoch; `tokens_per_step` (visual tokens included) is an estimate, None without one."""
+
+    name: str
+    parts: list[PartRow]
+    samples: int
+    batch_size: int
+    steps: int
+    epochs: float
+    tokens_per_step: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `foveate plan` shows."""
+
+    name: str
+    output: str
+    image_size: int
+    visual_tokens: int
+    compute: str
+    stages: list[StagePlan] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `--json`."""
+        return asdict(self)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """The plan of a recipe. The model is built without memory for weights; some samples are tokenized.
+
+    Raises what training would begin with: trackers that are not installed, rules that select nothing, parts that do not
+    fit together, a template without a generation mask.
+    """
+    check_trackers(recipe.trackers)
+    model = blueprint(recipe.model)
+    data, grid, compute = DataRoom(recipe, model), model.visual_grid(), recipe.precision.compute
+    plan = Plan(recipe.name, str(recipe.output), model.encoder_spec().image_size, grid[0] * grid[1], compute)
+    try:
+        vocabulary = len(data.tokenizer)
+    except ModelError as error:
+        vocabulary = None
+        plan.warnings.append(f"tokens are not estimated: {error}")
+    with torch.device("meta"):
+        lmm = build_lmm(model, vocabulary, load_weights=False)
+    for stage in recipe.stages:
+        with torch.device("meta"):
+            parts = part_rows({part: copy.deepcopy(getattr(lmm, part)) for part in PARTS}, stage, recipe.precision)
+        rules = data.rules(stage) if vocabulary else cast(SampleRules, None)
+        steps = StageData(
+            data.sources(stage.data), rules, batch_size=stage.batch_size, epochs=stage.epochs, max_steps=stage.max_steps
+        )
+        tokens = None
+        if rules:
+            reader = recipe.objectives if stage.objectives is None else stage.objectives
+            per_sample = _tokens_of_a_sample(steps.mixture, rules, f"{stage.name}: ", bool(reader), plan.warnings)
+            tokens = round(per_sample * stage.batch_size)
+        size, total, epochs = len(steps.mixture), steps.total_steps, steps.total_steps / steps.steps_per_epoch
+        plan.stages.append(StagePlan(stage.name, parts, size, stage.batch_size, total, epochs, tokens))
+        if stage.warmup >= total:
+            plan.warnings.append(f"{stage.name}: all of its {total} steps are warm-up")
+    if reasons := not_stock(model):
+        plan.warnings.append(f"no stock Llava, so an export brings its own modelling file: {'; '.join(reasons)}")
+    return plan
+
+
+def part_rows(modules: Mapping[str, nn.Module], stage: Stage, precision: Precision) -> list[PartRow]:
+    """A row a part and a rule. Selects parameters, and injects adapters, as the stage's rules say."""
+    total = {part: sum(parameter.numel() for parameter in module.parameters()) for part, module in modules.items()}
+    full = "fp64" if precision.compute == "fp64" else "fp32"
+    chosen = {part.name: part for part in part_parameters(modules, stage.train)}
+    rows = []
+    for part in modules:
+        own = {name: rule for name, rule in stage.train.items() if name.partition(".")[0] == part}
+        dtype = full if own and not any(rule.lora for rule in own.values()) else precision.frozen
+        if part not in own:
+            rows.append(PartRow(part, "frozen, but for" if own else "frozen", total[part], 0, None, dtype))
+        for name, rule in own.items():
+            how = [f"LoRA r={rule.lora.r}"] if rule.lora else []
+            how += [f"blocks {rule.layers}"] if rule.layers else []
+            trained = sum(parameter.numel() for parameter in chosen[name].parameters.values())
+            size, kind = total.get(name, trained), f"{dtype}, adapters {full}" if rule.lora else dtype
+            rows.append(PartRow(name, ", ".join(how) or "trained", size, trained, rule.lr, kind))
+    return rows
+
+
+def _tokens_of_a_sample(mixture: Mixture, rules: SampleRules, where: str, read: bool, warnings: list[str]) -> float:
+    """Mean tokens of a sample, from evenly spread ones. What is odd about them goes into `warnings`.
+
+    `read`: an objective reads the pictures of samples without text.
+    """
+    positions = range(0, len(mixture), max(1, len(mixture) // _PROBE))
+    lengths, bad, silent = [], [], 0
+    for position in positions:
+        source, index = mixture.sample_at(0, position)
+        try:
+            sample = build_sample(mixture.sources[source].dataset[index], rules)
+        except SampleError as error:
+            bad.append(error)
+            continue
+        lengths.append(sample.length)
+        silent += not sample.supervised
+    seen = f"of the {len(positions)} samples looked at"
+    if bad:
+        warnings.append(f"{where}{len(bad)} {seen} are unfit, such as: {bad[0]}")
+    if silent and not read:
+        warnings.append(f"{where}{silent} {seen} have no text, and no objective learns from their pictures")
+    return sum(lengths) / max(1, len(lengths))
+
+
+def not_stock(model: Blueprint) -> list[str]:
+    """Why a model cannot become a stock `LlavaForConditionalGeneration`; empty when it can."""
+    encoder, projector = model.parts["encoder"], model.parts["projector"]
+    options = projector.options.model_dump()
+    depth = f" of depth {options['depth']}" if "depth" in options else ""
+    reasons = [f"its encoder is of type {encoder.type}"] if encoder.type != "hf" else []
+    if (projector.type, options.get("depth")) != ("mlp", 2):
+        reasons.append(f"its projector is {projector.type}{depth}, not mlp of depth 2")
+    return [*reasons, "its visual tokens are normalized"] if options.get("normalize") else reasons
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises `RecipeError` for trackers that accelerate does not know, and for those whose package is not installed."""
+    known, installed = {str(name) for name in LOGGER_TYPE_TO_CLASS}, {str(name) for name in get_available_trackers()}
+    problems = [f"trackers: unknown '{name}'{did_you_mean(name, known)}" for name in names if name not in known]
+    for name in names:
+        if name in known - installed:
+            problems.append(f"trackers: '{name}' is not installed: pip install {name.replace('_', '-')}")
+    if problems:
+        raise RecipeError(problems)
+
+
+def render(plan: Plan, display: Display) -> None:
+    """The plan for people, on stdout."""
+    rows = [
+        (stage.name, row.part, row.how, row.parameters, row.trained or None, f"{row.lr:g}" if row.lr else "", row.dtype)
+        for stage in plan.stages
+        for row in stage.parts
+    ]
+    notes = [f"an image: {plan.image_size} px, {plan.visual_tokens} visual tokens; computes in {plan.compute}"]
+    for stage in plan.stages:
+        tokens = f"; about {stage.tokens_per_step:,} tokens a step" if stage.tokens_per_step else ""
+        length = f"{stage.steps:,} steps of {stage.batch_size} samples, {stage.epochs:.3g} epochs of {stage.samples:,}"
+        notes.append(f"{stage.name}: {length}{tokens}")
+    columns = ("stage", "part", "", "parameters", "trained", "lr", "dtype")
+    display.table(plan.name, columns, rows, [*notes, *(f"note: {warning}" for warning in plan.warnings)])
