@@ -23,6 +23,7 @@ from foveate.options import Options, recipe_folder
 from foveate.types import EncoderSpec
 
 Rgb = tuple[float, float, float]
+Filter = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
 class Encoder(nn.Module, ABC):
@@ -110,9 +111,7 @@ class TransformersEncoderOptions(Options):
     )
     mean: Rgb | None = Field(None, description="Pixel mean a channel. Default: of `pretrained`, else of the family.")
     std: Rgb | None = Field(None, description="Pixel deviation a channel. Default: as for `mean`.")
-    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
-        None, description="Filter that resizes pictures. Default: of `pretrained`, else bicubic."
-    )
+    resample: Filter | None = Field(None, description="Resizing filter. Default: of `pretrained`, else bicubic.")
     attn: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation.")
 
     @model_validator(mode="after")
@@ -225,15 +224,9 @@ def _describe(options: TransformersEncoderOptions, config: Any) -> EncoderSpec:
     facts: dict[str, Any] = {"mean": family.mean, "std": family.std, "resample": "bicubic"}
     facts |= read_image_processor(str(options.pretrained), options.revision) if stated else {}
     facts |= options.model_dump(include=set(facts), exclude_none=True)
-    return EncoderSpec(
-        image_size=size,
-        grid=(1, side * side + prefix) if prefix else (side, side),
-        width=config.hidden_size,
-        mean=tuple(facts["mean"]),
-        std=tuple(facts["std"]),
-        resample=Image.Resampling[facts["resample"].upper()],
-        image_processor=family.image_processor,
-    )
+    grid, resample = (1, side * side + prefix) if prefix else (side, side), Image.Resampling[facts["resample"].upper()]
+    mean, std = tuple(facts["mean"]), tuple(facts["std"])
+    return EncoderSpec(size, grid, config.hidden_size, mean, std, resample, family.image_processor)
 
 
 def read_image_processor(source: str, revision: str = "main") -> dict[str, Any]:

@@ -27,9 +27,7 @@ class TimmEncoderOptions(Options):
     name: str = Field(description="Name in timm, with or without a tag, as vit_base_patch14_dinov2.lvd142m.")
     pretrained: bool = Field(False, description="Load the weights of `name` from the hub (safetensors only).")
     weights: ExistingPath | None = Field(None, description="Load this safetensors file instead.")
-    layer: int | None = Field(
-        None, description="Output of block k (from 1), or -1: of the last. Default: -2 of pretrained ones, else -1."
-    )
+    layer: int | None = Field(None, description="Output of block k; -1: of the last. Default: -2 if pretrained, else -1.")
     image_size: int | None = Field(None, gt=0, description="Side of the pictures in pixels. Default: of `name`.")
     args: dict[str, Any] = Field({}, description="Further arguments of `timm.create_model`.")
 
@@ -85,8 +83,8 @@ def _features(model: Any, pixels: Tensor) -> Tensor:
 def _weights(options: TimmEncoderOptions) -> Path | None:
     if not options.pretrained:
         return options.weights
-    known: Any = timm.models.get_pretrained_cfg(options.name)
     try:
+        known: Any = timm.models.get_pretrained_cfg(options.name)
         return Path(hf_hub_download(known.hf_hub_id, "model.safetensors"))
     except Exception as error:  # timm knows no weights, the hub no such file, or there is no network
         raise ModelError(f"no weights of {options.name} from the hub; give a file as `weights`. {error}") from error
@@ -104,8 +102,8 @@ def _create(options: TimmEncoderOptions, file: Path | None) -> Any:
             source = {"file": str(file), "custom_load": False, "num_classes": classes}
             given |= {"num_classes": classes, "pretrained": True, "pretrained_cfg_overlay": source}
         model: Any = timm.create_model(options.name, **given, **options.args)
-        blocks, layer = len(model.blocks), options.layer
-        layer = layer if layer is not None else (-2 if options.pretrained or options.weights else -1)
+        blocks, default = len(model.blocks), -2 if options.pretrained or options.weights else -1
+        layer = options.layer if options.layer is not None else default
         index = layer - 1 if layer > 0 else blocks + layer
         if not 0 <= index < blocks:
             raise ValueError(f"it has {blocks} blocks, so `layer` is 1 to {blocks}, or {-blocks} to -1, not {layer}")
