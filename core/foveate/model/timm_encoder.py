@@ -27,7 +27,7 @@ class TimmEncoderOptions(Options):
     name: str = Field(description="Name in timm, with or without a tag, as vit_base_patch14_dinov2.lvd142m.")
     pretrained: bool = Field(False, description="Load the weights of `name` from the hub (safetensors only).")
     weights: ExistingPath | None = Field(None, description="Load this safetensors file instead.")
-    layer: int | None = Field(None, description="Output of block k; -1: of the last. Default: -2 if pretrained, else -1.")
+    layer: int | None = Field(None, description="Output of block k; -1: the last. Default: -2 if pretrained, else -1.")
     image_size: int | None = Field(None, gt=0, description="Side of the pictures in pixels. Default: of `name`.")
     args: dict[str, Any] = Field({}, description="Further arguments of `timm.create_model`.")
 
