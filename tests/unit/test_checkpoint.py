@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from foveate.checkpoint import (
     checkpoint_folder,
     latest_checkpoint,
@@ -19,7 +21,6 @@ from foveate.checkpoint import (
 )
 from foveate.errors import RunError
 from foveate.files import atomic_folder, write_json
-from torch import Tensor, nn
 
 torch.set_num_threads(1)
 

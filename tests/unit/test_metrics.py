@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from foveate.errors import DataError
 from foveate.metrics import Answer, Evaluation, Metric, evaluate, exact_answers, swap_pictures
 from foveate.options import Options
 from foveate.progress import Display
 from foveate.types import Batch, ImageRecord
-from torch import Tensor
 
 torch.set_num_threads(1)
 

@@ -6,6 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.optimization import get_cosine_schedule_with_warmup
+
 from foveate.errors import ModelError, TrainingError
 from foveate.optim import (
     MovementCheck,
@@ -16,10 +21,6 @@ from foveate.optim import (
     schedule_factor,
     set_learning_rates,
 )
-from pydantic import BaseModel
-from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers.optimization import get_cosine_schedule_with_warmup
 
 torch.set_num_threads(1)
 
