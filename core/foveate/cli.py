@@ -174,7 +174,7 @@ def check(
     unknown = () if is_recipe or tokenizer else ("tokens", "supervised")
     for name, sources, rules in corpora:
         with display.counting(f"checking {name}", sum(len(entry.dataset) for entry in sources)) as done:
-            report = read_all(sources, rules, workers, done)
+            report = read_all(sources, rules, workers=workers, progress=done)
         statistics = {key: value for key, value in report.statistics.items() if key not in unknown}
         sound = sound and not report.defects
         defects = [vars(defect) for defect in report.defects]
