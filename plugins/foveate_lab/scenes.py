@@ -1,7 +1,7 @@
 """Scenes composed of real scanned digits, on a grid of cells.
 
-The scans are scikit-learn's ``load_digits``: 1,797 digits written by 43 people, 8 x 8 pixels of 17 grey levels. Scenes of
-the split ``train`` and of the split ``test`` never share a scan. A scene is a pure function of ``(options, split, index,
+The scans are scikit-learn's ``load_digits``: 1,797 handwritten digits of 8 x 8 pixels and 17 grey levels. Scenes of the
+split ``train`` and of the split ``test`` never share a scan. A scene is a pure function of ``(options, split, index,
 seed)``: nothing is stored, and two processes draw the same one.
 
 Shape suffixes: N scans, C cells, S side of a digit, P side of a cell, H and W of the picture.
@@ -16,7 +16,9 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from foveate import Options
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -29,21 +31,19 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "purple": (190, 70, 230),
     "white": (240, 240, 240),
 }
-ROW_NAMES = "abcdefghi"
+COMPASS = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast")
 BACKGROUND = 16
 _TEST_EVERY = 5
 
 
-class SceneOptions(BaseModel):
+class SceneOptions(Options):
     """How scenes look. Every picture has ``rows * cell_px`` by ``columns * cell_px`` pixels."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rows: int = Field(3, ge=1, le=9, description="Rows of cells; the first is row a.")
-    columns: int = Field(3, ge=1, le=9, description="Columns of cells; the first is column 1.")
+    rows: int = Field(3, ge=1, le=9, description="Rows of cells.")
+    columns: int = Field(3, ge=2, le=9, description="Columns of cells.")
     cell_px: int = Field(16, ge=8, le=128, description="Side of a cell in pixels; a digit fills it but for a margin.")
-    density: float = Field(0.7, ge=0.0, le=1.0, description="Probability that a cell holds a digit.")
-    noise: int = Field(8, ge=0, le=64, description="Uniform noise of +- this many grey levels on every pixel and channel.")
+    density: float = Field(0.7, ge=0.0, le=1.0, description="Probability that a cell holds a digit; two always do.")
+    noise: int = Field(8, ge=0, le=64, description="Uniform noise: at most this many grey levels up or down.")
     colours: tuple[str, ...] = Field(
         tuple(PALETTE), min_length=1, description="Colours to draw from: red, green, blue, yellow, purple, white."
     )
@@ -65,13 +65,10 @@ class Cell:
 
     row: int
     column: int
+    place: str
     digit: int
     colour: str
     scan: int
-
-    @property
-    def place(self) -> str:
-        return place_name(self.row, self.column)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +91,16 @@ class Scene:
         return place_names(self.options.rows, self.options.columns)
 
 
-def place_name(row: int, column: int) -> str:
-    """The coordinate word of a cell: row 1, column 0 is ``b1``."""
-    return f"{ROW_NAMES[row]}{column + 1}"
-
-
 @lru_cache
 def place_names(rows: int, columns: int) -> tuple[str, ...]:
-    """Coordinate words of a grid in reading order."""
-    return tuple(place_name(row, column) for row in range(rows) for column in range(columns))
+    """The coordinate words of a grid in reading order: ``northwest`` to ``southeast`` where it is 3 by 3.
+
+    Of other grids two letters: row 0, column 1 is ``ak``. All are words of letters, which tokenizers, unlike ``a2``,
+    can make one token.
+    """
+    if (rows, columns) == (3, 3):
+        return COMPASS
+    return tuple(f"{row}{column}" for row in "abcdefghi"[:rows] for column in "jklmnopqr"[:columns])
 
 
 def stream(purpose: str, split: Split, index: int, seed: int) -> np.random.Generator:
@@ -111,20 +109,21 @@ def stream(purpose: str, split: Split, index: int, seed: int) -> np.random.Gener
 
 
 def make_scene(options: SceneOptions, split: Split, index: int, seed: int = 0) -> Scene:
-    """Draw the ground truth of scene ``index``. Digits are uniform over the ten classes, then over the class's scans."""
+    """The ground truth of scene ``index``. Digits are uniform over the ten classes, then over the class's scans."""
     rng = stream("scene", split, index, seed)
     count = options.rows * options.columns
-    filled_C = rng.random(count) < options.density
+    chances_C = rng.random(count)
+    filled_C = (chances_C < options.density) | (chances_C <= np.sort(chances_C)[1])
     digits_C = rng.integers(0, 10, count)
     colours_C = rng.integers(0, len(options.colours), count)
     picks_C = rng.random(count)
-    scans = _scans_by_class(split)
+    scans, places = _scans_by_class(split), place_names(options.rows, options.columns)
     cells = []
     for position in np.flatnonzero(filled_C).tolist():
         row, column = divmod(position, options.columns)
         digit = int(digits_C[position])
         scan = int(scans[digit][int(picks_C[position] * len(scans[digit]))])
-        cells.append(Cell(row, column, digit, options.colours[int(colours_C[position])], scan))
+        cells.append(Cell(row, column, places[position], digit, options.colours[int(colours_C[position])], scan))
     return Scene(options, split, index, seed, tuple(cells))
 
 

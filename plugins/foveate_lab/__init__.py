@@ -1,0 +1,16 @@
+"""What foveate brings along to try it with: the built-in data set ``digits`` and its export to files."""
+
+from foveate import hookimpl
+from foveate.hookspecs import Register
+
+HOOK_API = 1
+
+
+@hookimpl
+def register_datasets(register: Register) -> None:
+    register("digits", "foveate_lab.digits:DigitsDataset")
+
+
+@hookimpl
+def register_commands(register: Register) -> None:
+    register("data digits", "foveate_lab.export:data_digits")

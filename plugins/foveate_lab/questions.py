@@ -1,0 +1,110 @@
+"""What is said and asked about a scene: dense captions, and questions of several kinds with one right answer each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+import numpy as np
+
+from foveate_lab.scenes import Cell, Scene, SceneOptions
+
+T = TypeVar("T")
+
+Kind = Literal["presence", "identity", "colour", "count", "comparison", "where"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+HELD_OUT_KINDS: tuple[Kind, ...] = ("presence", "identity", "colour", "count", "comparison")
+"""The kinds that are evaluated. ``where`` is for training: it teaches to look a digit up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question about a scene and its only right answer."""
+
+    kind: Kind
+    text: str
+    answer: str
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """The colour of every filled cell, and the digit of every one; both lists, and the cells in each, in random order.
+
+    The place comes first because it tells where to look; what follows it is read from there and nowhere else.
+    """
+    clauses = []
+    for clause in rng.permutation(2).tolist():
+        words = ["Colours" if clause else "Digits"]
+        for number in rng.permutation(len(scene.cells)).tolist():
+            cell = scene.cells[number]
+            words += [cell.place, cell.colour if clause else str(cell.digit)]
+        clauses.append(" ".join(words) + ".")
+    return " ".join(clauses)
+
+
+def ask(scene: Scene, kind: Kind, rng: np.random.Generator) -> Question:
+    """A question of a kind about a scene, drawn from ``rng``.
+
+    Presence is balanced: yes and no are equally likely. So is comparison, but for scenes of one digit only.
+    """
+    if kind == "presence":
+        return _presence(scene, rng)
+    if kind == "count":
+        colour = _pick(scene.options.colours, rng)
+        count = sum(cell.colour == colour for cell in scene.cells)
+        return Question("count", f"How many are {colour}?", str(count))
+    if kind == "comparison":
+        first, second = _unequal_pair(scene.cells, rng)
+        answer = "yes" if first.digit > second.digit else "no"
+        return Question("comparison", f"Is {first.place} larger than {second.place}?", answer)
+    if kind == "where":
+        counts = Counter(cell.digit for cell in scene.cells)
+        once = [digit for digit, count in counts.items() if count == 1]
+        digit = _pick(once or list(counts), rng)
+        places = " and ".join(cell.place for cell in scene.cells if cell.digit == digit)
+        return Question("where", f"Where is the {digit}?", places)
+    cell = _pick(scene.cells, rng)
+    if kind == "identity":
+        return Question("identity", f"Which digit is {cell.place}?", str(cell.digit))
+    return Question("colour", f"What colour is {cell.place}?", cell.colour)
+
+
+def chance(kind: Kind, options: SceneOptions) -> float:
+    """Accuracy of a uniform guess among the answers that a kind of question can have; one place for ``where``."""
+    cells = options.rows * options.columns
+    answers = {"identity": 10, "colour": len(options.colours), "count": cells + 1, "where": cells}
+    return 1 / answers.get(kind, 2)
+
+
+def majority(answers: Iterable[str]) -> tuple[str, float]:
+    """The most frequent answer and its share: what a model reaches that always says the same.
+
+    Raises ValueError when there is no answer.
+    """
+    counts = Counter(answers)
+    if not counts:
+        raise ValueError("no answers to take a majority of")
+    answer, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
+    return answer, count / counts.total()
+
+
+def _presence(scene: Scene, rng: np.random.Generator) -> Question:
+    present = sorted({cell.digit for cell in scene.cells})
+    absent = [digit for digit in range(10) if digit not in present]
+    yes = bool(rng.random() < 0.5) or not absent
+    digit = _pick(present if yes else absent, rng)
+    return Question("presence", f"Is there any {digit}?", "yes" if yes else "no")
+
+
+def _unequal_pair(cells: tuple[Cell, ...], rng: np.random.Generator) -> tuple[Cell, Cell]:
+    """Two cells, with different digits if there are such; each of the two orders is equally likely."""
+    order = rng.permutation(len(cells)).tolist()
+    first = cells[order[0]]
+    others = [cells[number] for number in order[1:]]
+    second = next((cell for cell in others if cell.digit != first.digit), others[0])
+    return (first, second) if rng.random() < 0.5 else (second, first)
+
+
+def _pick(items: Sequence[T], rng: np.random.Generator) -> T:
+    return items[int(rng.integers(len(items)))]
