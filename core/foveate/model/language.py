@@ -91,8 +91,8 @@ class TransformersLLM(LanguageModel):
     ) -> None:
         super().__init__()
         config = read_config(options)
-        if vocab_size is not None and options.pretrained is None:
-            config.vocab_size = vocab_size
+        if vocab_size is not None and "vocab_size" not in (options.config or {}) and options.pretrained is None:
+            config.vocab_size = vocab_size  # from scratch: as large as the tokenizer needs
         config.use_cache = False
         if load_weights and options.pretrained is not None:
             self.model, report = AutoModelForCausalLM.from_pretrained(
