@@ -13,44 +13,31 @@ from typing import Any
 from foveate.errors import RunError
 
 
-def _flush(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new empty folder beside `path` to write into; it becomes `path`, whole, when the block ends well.
+    """A new folder beside `path` to write into; it replaces `path`, whole, when the block ends well.
 
-    What was at `path` is replaced. When the block fails nothing of it stays, and `path` is as it was before. Raises
-    `RunError` where the disk is full or not writable.
+    When the block fails, `path` is as it was. Raises `RunError` where the disk is full or not writable.
     """
     aside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     try:
-        for left_over in (aside, old):
-            shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
         for folder, _, files in os.walk(aside):
-            for name in files:
+            for name in (*files, ""):
                 _flush(Path(folder, name))
-            _flush(Path(folder))
         if path.exists():
             path.rename(old)
         aside.rename(path)
         _flush(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
         if old.exists() and not path.exists():
             old.rename(path)
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _unwritable(path, error) from error
-        raise
+        for rest in (aside, old):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -77,6 +64,13 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}. It is damaged or not what foveate wrote.") from error
+
+
+def _flush(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _unwritable(path: Path, error: OSError) -> RunError:

@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from foveate.errors import ModelError, TrainingError
-
-if TYPE_CHECKING:
-    from foveate.recipe import LoraOptions, TrainRule
+from foveate.explain import did_you_mean
+from foveate.recipe import LoraOptions, TrainRule
 
 _WATCHED = 1 << 14
-"""Elements of a parameter that `MovementCheck` remembers: enough to hit a touched row of a sparse embedding."""
+"""Elements of a parameter that `MovementCheck` remembers: enough to hit a row of a sparsely used embedding."""
 
 
 @dataclass(frozen=True)
 class TrainedPart:
-    """A part (or dotted sub-part) that a recipe trains, its rule, and its parameters by state-dict name."""
+    """A part (or dotted sub-part) that a stage trains, its rule, and its parameters by state-dict name."""
 
     name: str
     rule: TrainRule
@@ -30,87 +29,71 @@ class TrainedPart:
 
 
 def part_parameters(modules: Mapping[str, nn.Module], rules: Mapping[str, TrainRule]) -> list[TrainedPart]:
-    """Sets `requires_grad` on every parameter of `modules` as `rules` (part → rule) say, and returns what is trained.
+    """Sets `requires_grad` on every parameter of `modules` as `rules` (part → rule) say; returns what is trained.
 
-    A part without a rule is frozen. A dotted name addresses a sub-module or parameter; the deepest name wins. `lora`
-    injects adapters, so call this once a stage; `layers` limits a rule to those blocks. Names in the result are
-    `part.parameter`; a tied parameter is there once. Raises `ModelError` for a rule that selects nothing.
+    What no rule names is frozen; of dotted names (sub-modules, parameters) the deepest wins. A tied parameter is there
+    once. `lora` injects adapters, so call this once a stage. Raises `ModelError` for a rule that selects nothing.
     """
     owner: dict[int, str] = {}
     for name, rule in sorted(rules.items(), key=lambda item: len(item[0])):
-        owner |= dict.fromkeys(map(id, _selected(modules, name, rule)), name)
+        owner |= {id(parameter): name for parameter in _selected(modules, name, rule)}
     parts = {name: TrainedPart(name, rule) for name, rule in rules.items()}
-    seen: set[int] = set()
     for part, module in modules.items():
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(id(parameter) in owner)
-            if id(parameter) in owner and id(parameter) not in seen:
+            if id(parameter) in owner:
                 parts[owner[id(parameter)]].parameters[f"{part}.{name}"] = parameter
-            seen.add(id(parameter))
-    for name, trained in parts.items():
-        if not trained.parameters:
-            raise ModelError(f"train: '{name}' has no parameters of its own to train. Take it out of `train`.")
+    if empty := [name for name, part in parts.items() if not part.parameters]:
+        raise ModelError(f"train: '{empty[0]}' has no parameters of its own to train. Take it out of `train`.")
     return list(parts.values())
 
 
 def _selected(modules: Mapping[str, nn.Module], name: str, rule: TrainRule) -> list[nn.Parameter]:
     """The parameters that one rule addresses; adapters are injected where it asks for LoRA."""
-    part, _, path = name.partition(".")
-    module = modules.get(part)
-    if module is None:
-        raise ModelError(f"train: there is no part '{part}'. The parts are: {', '.join(modules)}.")
-    if path in dict(module.named_parameters()) and not (rule.lora or rule.layers):
-        return [module.get_parameter(path)]
-    if path not in (names := dict(module.named_modules())):
-        depth = path.count(".")
-        known = ", ".join(f"{part}.{other}" for other in names if other and other.count(".") <= depth)
-        raise ModelError(f"train: '{name}' is no sub-part of {part}. There are: {known or 'none'}.")
-    scope = _chosen_blocks(names[path], name, rule.layers) if rule.layers else [names[path]]
+    places: dict[str, Any] = {}
+    for part, module in modules.items():
+        inside = {**dict(module.named_modules()), **dict(module.named_parameters())}
+        places |= {f"{part}.{path}".rstrip("."): found for path, found in inside.items()}
+    if name not in places:
+        near = [place for place in places if place.count(".") <= name.count(".")]
+        raise ModelError(f"train: there is no '{name}'{did_you_mean(name, near)}")
+    found, blocks = places[name], None
+    if rule.layers:
+        start, _, stop = (text.strip() for text in rule.layers.partition(":"))
+        blocks = _blocks(found)[int(start) if start else None : int(stop) if stop else None]
+        if not blocks:
+            raise ModelError(f"train: `layers: {rule.layers}` is none of the {len(_blocks(found))} blocks of '{name}'.")
     if rule.lora:
-        return apply_lora(names[path], rule.lora, scope if rule.layers else None)
-    return [parameter for child in scope for parameter in child.parameters()]
+        return apply_lora(found, rule.lora, blocks)
+    if blocks:
+        return [parameter for block in blocks for parameter in block.parameters()]
+    return [found] if isinstance(found, nn.Parameter) else list(found.parameters())
 
 
-def _chosen_blocks(module: nn.Module, name: str, layers: str) -> list[nn.Module]:
-    """The blocks of a part that the Python slice `layers` (such as "-4:") selects."""
-    if not (blocks := _blocks_of(module)):
-        raise ModelError(f"train: '{name}' has no blocks, so `layers: \"{layers}\"` means nothing. Leave `layers` out.")
-    start, _, stop = layers.partition(":")
-    chosen = blocks[int(start) if start.strip() else None : int(stop) if stop.strip() else None]
-    if not chosen:
-        raise ModelError(f"train: `layers: \"{layers}\"` selects none of the {len(blocks)} blocks of '{name}'.")
-    return chosen
-
-
-def _blocks_of(module: nn.Module) -> list[nn.Module]:
-    list_blocks: Any = getattr(module, "blocks", None)
-    return list(list_blocks()) if callable(list_blocks) else []
+def _blocks(module: Any) -> list[nn.Module]:
+    return list(module.blocks()) if hasattr(module, "blocks") else []
 
 
 def apply_lora(module: nn.Module, options: LoraOptions, blocks: list[nn.Module] | None = None) -> list[nn.Parameter]:
     """Injects LoRA adapters (fp32 on a 16-bit base) into the linear layers of a part's blocks; returns their weights.
 
-    peft injects in place, so that only the adapted layers change their state-dict names (`.base_layer.`, `.lora_A.`)
-    until `merge_lora` restores them. `targets` are the last names of linear layers; a part without blocks is adapted
-    whole. Raises `ModelError` for a target that is not there.
+    In place: only adapted layers change their state-dict names, until `merge_lora`. `targets` are last names of linear
+    layers; a part without blocks is adapted whole. Raises `ModelError` for a target that is not there.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.functional import cast_adapter_dtype
     from transformers.pytorch_utils import Conv1D
 
-    holder = nn.ModuleList(blocks or _blocks_of(module) or [module])  # head and embeddings lie outside the blocks
+    holder = nn.ModuleList(blocks or _blocks(module) or [module])  # head and embeddings lie outside the blocks
     linear = [name for name, child in holder.named_modules() if isinstance(child, (nn.Linear, Conv1D))]
-    if options.targets != "all-linear":
-        missing = set(options.targets) - (known := {name.rpartition(".")[2] for name in linear})
-        if missing:
-            raise ModelError(
-                f"lora: no linear layer is called {', '.join(sorted(missing))}. There are: {', '.join(sorted(known))}."
-            )
-        linear = [name for name in linear if name.rpartition(".")[2] in options.targets]
-    if not linear:
-        raise ModelError("lora: the part has no linear layers to adapt. Train it without `lora`.")
+    known = {name.rpartition(".")[2] for name in linear}
+    wanted = known if options.targets == "all-linear" else set(options.targets)
+    if not linear or wanted - known:
+        missing = ", ".join(sorted(wanted - known)) or "anything"
+        raise ModelError(f"lora: no linear layer is called {missing}. There are: {', '.join(sorted(known)) or 'none'}.")
     before = set(map(id, holder.parameters()))
-    config = LoraConfig(r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=linear)
+    targets = [name for name in linear if name.rpartition(".")[2] in wanted]
+    config = LoraConfig(r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets)
     inject_adapter_in_model(config, holder)
     cast_adapter_dtype(holder, "default")
     return [parameter for parameter in holder.parameters() if id(parameter) not in before]
@@ -147,16 +130,14 @@ def _is_vector(parameter: Tensor) -> bool:
 def schedule_factor(kind: str, step: int, total: int, warmup: float) -> float:
     """What the learning rate of step `step` (from 0) of `total` is multiplied with: 0 < factor <= 1.
 
-    `warmup` is a fraction of `total` below 1, and a number of steps from 1 on. The factor rises linearly to 1 at the
-    first step after them, then falls to 0 at `total` (`cosine`, `linear`) or stays (`constant`).
+    `warmup`: a fraction of `total` below 1, steps from 1 on. The factor rises linearly to 1 at the first step after
+    them, then falls to 0 at `total` (`cosine`, `linear`) or stays (`constant`).
     """
     steps = min(total, math.ceil(warmup * total) if warmup < 1 else int(warmup))
     if step < steps:
         return (step + 1) / (steps + 1)
-    if kind == "constant":
-        return 1.0
     left = 1 - (step - steps) / max(total - steps, 1)
-    return left if kind == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[kind]
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
@@ -171,37 +152,30 @@ def clip_gradients(parts: list[TrainedPart], max_norm: float | None, where: str)
 
     Raises `TrainingError` that names the part, the parameter and `where` (stage, step, samples) if one is not finite.
     """
-    parameters = [parameter for part in parts for parameter in part.parameters.values()]
-    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if not bool(torch.isfinite(norm)):
-        raise TrainingError(f"{_origin(parts)} at {where}. The weights are those before this step.")
+    named = {name: (part.name, p) for part in parts for name, p in part.parameters.items() if p.grad is not None}
+    norm = get_total_norm([parameter.grad for _, parameter in named.values()])  # type: ignore[misc]
+    if not torch.isfinite(norm):
+        origin = "every gradient is finite, but their norm is too large for a number"
+        for name, (part, parameter) in reversed(named.items()):
+            if bad := int((~torch.isfinite(parameter.grad)).sum()):  # type: ignore[arg-type]
+                origin = f"the gradient of '{part}' is not finite: {bad} of {parameter.numel()} values of {name}"
+        raise TrainingError(f"{origin} at {where}. The weights are those before this step.")
     if max_norm is not None:
-        clip_grads_with_norm_(parameters, max_norm, norm)
+        clip_grads_with_norm_([parameter for _, parameter in named.values()], max_norm, norm)
     return float(norm)
-
-
-def _origin(parts: list[TrainedPart]) -> str:
-    for part in parts:
-        for name, parameter in part.parameters.items():
-            if parameter.grad is not None and (bad := int((~torch.isfinite(parameter.grad)).sum())):
-                return f"the gradient of '{part.name}' is not finite: {bad} of {parameter.numel()} values of {name}"
-    return "every gradient is finite, but their norm is too large for a number"
 
 
 class MovementCheck:
     """Catches modules that are silently not trained, or trained although frozen.
 
     Made before a stage's first step, it remembers up to 16,384 evenly spread elements of every parameter and compares
-    them bit by bit after the first steps: a trained part must have moved somewhere, a frozen parameter nowhere.
+    them after the first steps: a trained part must have moved somewhere, a frozen parameter nowhere.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], parts: list[TrainedPart]):
         self._parts = parts
-        self._before = {
-            f"{part}.{name}": (parameter, _sample(parameter).clone())
-            for part, module in modules.items()
-            for name, parameter in module.named_parameters()
-        }
+        named = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+        self._before = {name: (parameter, _sample(parameter).clone()) for name, parameter in named.items()}
 
     def verify(self, where: str, idle: Collection[str] = ()) -> None:
         """Raises `TrainingError` that names what has moved or not moved against the recipe; `idle` parts may rest."""
@@ -213,10 +187,9 @@ class MovementCheck:
                     f"{len(part.parameters)} parameters has moved. Nothing in the loss depends on it, or its learning "
                     "rate is too small for its dtype: freeze it (take it out of `train`) or raise the rate."
                 )
-        stray = moved.difference(*(part.parameters for part in self._parts))
-        if stray:
+        if stray := sorted(moved.difference(*(part.parameters for part in self._parts))):
             raise TrainingError(
-                f"{where}: {sorted(stray)[0]} is frozen, but its values have changed ({len(stray)} such parameters). "
+                f"{where}: {stray[0]} is frozen, but its values have changed ({len(stray)} such parameters). "
                 "Something writes to it outside the optimizer: an encoder, a projector or a plugin with a bug."
             )
 

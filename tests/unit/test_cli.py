@@ -200,7 +200,7 @@ def test_plan_says_what_cannot_be_a_stock_llava(foveate_command: Command, corpus
     ("changes", "words"),
     [
         ({"trackers": ["wandb", "tensorbord"]}, ["'tensorbord'; did you mean 'tensorboard'?"]),
-        ({"train": {"llm": {"lr": 1e-3, "layers": "5:9"}}}, ['"5:9"` selects none of the 2 blocks']),
+        ({"train": {"llm": {"lr": 1e-3, "layers": "5:9"}}}, ["`layers: 5:9` is none of the 2 blocks"]),
     ],
 )
 def test_plan_finds_what_training_would_stop_at(

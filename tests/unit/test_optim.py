@@ -107,13 +107,13 @@ def test_layers_selects_blocks(layers: str, expected: set[int]) -> None:
 @pytest.mark.parametrize(
     ("name", "rule", "words"),
     [
-        ("victor", Rule(), ["no part 'victor'", "encoder, projector, llm"]),
-        ("llm.hf.modell", Rule(), ["'llm.hf.modell' is no sub-part", "llm.hf.model"]),
-        ("llm", Rule(layers="7:"), ['"7:"', "none of the 3 blocks"]),
-        ("projector", Rule(layers="-1:"), ["has no blocks"]),
+        ("victor", Rule(), ["there is no 'victor'; known: encoder, llm, projector"]),
+        ("llm.hf.modell", Rule(), ["there is no 'llm.hf.modell'; did you mean 'llm.hf.model'?"]),
+        ("llm", Rule(layers="7:"), ["layers: 7:` is none of the 3 blocks"]),
+        ("projector", Rule(layers="-1:"), ["none of the 0 blocks of 'projector'"]),
         ("projector.1", Rule(), ["'projector.1' has no parameters"]),
         ("llm", Rule(lora=Lora(targets=["q_proj", "query"])), ["is called query", "q_proj"]),
-        ("projector.2", Rule(lora=Lora()), ["no linear layers"]),
+        ("projector.2", Rule(lora=Lora()), ["There are: none."]),
     ],
 )
 def test_a_rule_that_selects_nothing_is_an_error(name: str, rule: Any, words: Sequence[str]) -> None:
