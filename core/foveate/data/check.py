@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,6 @@ from foveate.data.dataset import SampleError
 from foveate.data.images import open_image
 from foveate.data.mixture import Source
 from foveate.data.sample import SampleRules, build_sample, defects
-
-_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -48,66 +46,56 @@ class Report:
     @property
     def statistics(self) -> dict[str, dict[str, float]]:
         """Count, minimum, median, 95th percentile and maximum of each measure."""
-        found = {name: [len(values), *np.percentile(values, [0, 50, 95, 100])] for name, values in self.measures.items()}
-        return {name: dict(zip(("count", "min", "median", "p95", "max"), row, strict=True)) for name, row in found.items()}
-
-    def measure(self, **values: Iterable[int]) -> None:
-        """Add values to measures."""
-        for name, more in values.items():
-            self.measures.setdefault(name, []).extend(more)
+        names = ("count", "min", "median", "p95", "max")
+        rows = {name: [len(values), *np.percentile(values, [0, 50, 95, 100])] for name, values in self.measures.items()}
+        return {name: dict(zip(names, row, strict=True)) for name, row in rows.items()}
 
 
-class _Chunks(Dataset[Report]):
-    """Reports on 256 samples each, at most `limit` samples of a source, spread over all of it."""
+class _Inspections(Dataset[tuple[list[Defect], list[tuple[str, int]]]]):
+    """Defects and measures of one sample each, of at most `limit` samples of a source, spread over all of it."""
 
     def __init__(self, sources: Sequence[Source], rules: SampleRules, limit: int | None):
-        self.rules, self.chunks = rules, list[tuple[Source, list[int]]]()
-        for source in sources:
-            size = len(source.dataset)
-            picked = np.linspace(0, size, min(size, limit or size), endpoint=False).astype(int).tolist()
-            self.chunks += [(source, picked[at : at + _CHUNK]) for at in range(0, len(picked), _CHUNK)]
+        sizes = [(source, len(source.dataset)) for source in sources]
+        self.rules = rules
+        self.picked = [(s, k * n // m) for s, n in sizes for m in [min(n, limit or n)] for k in range(m)]
 
     def __len__(self) -> int:
-        return len(self.chunks)
+        return len(self.picked)
 
-    def __getitem__(self, chunk: int) -> Report:
-        (source, picked), report = self.chunks[chunk], Report()
-        for index in picked:
-            report.samples += 1
-            self._inspect(source, index, report)
-        return report
-
-    def _inspect(self, source: Source, index: int, report: Report) -> None:
-        sample_id, found = f"{source.name}[{index}]", list[SampleError]()
+    def __getitem__(self, number: int) -> tuple[list[Defect], list[tuple[str, int]]]:
+        source, index = self.picked[number]
+        sample_id, measures, found = "", list[tuple[str, int]](), list[SampleError]()
         try:
             conversation = source.dataset[index]
             sample_id, found = conversation.id, list(defects(conversation))
             for ref in conversation.images:
                 try:
-                    width, height = open_image(ref, sample_id).size
-                    report.measure(width=[width], height=[height])
+                    measures += zip(("width", "height"), open_image(ref, sample_id).size, strict=True)
                 except SampleError as error:
                     found.append(error)
             if all(error.kind == "image" for error in found):
                 sample = build_sample(conversation, self.rules)
-                report.measure(tokens=[sample.length], supervised=[sample.supervised])
+                measures += [("tokens", sample.length), ("supervised", sample.supervised)]
         except SampleError as error:
             found.append(error)
-        report.defects += [Defect(source.name, index, sample_id, error.kind, error.problem) for error in found]
+        return [Defect(source.name, index, sample_id or e.where, e.kind, e.problem) for e in found], measures
 
 
 def check(
-    sources: Sequence[Source], rules: SampleRules, workers: int = 0, limit: int | None = None,
-    progress: Callable[[int], Any] = lambda samples: None,
+    sources: Sequence[Source], rules: SampleRules, workers: int = 0,
+    progress: Callable[[int], Any] = lambda samples: None, limit: int | None = None,
 ) -> Report:  # fmt: skip
     """Read samples and open their pictures, all of each source or `limit` spread over it; `progress(samples done)`.
 
     Never raises for a defective sample: the report names all of them.
     """
     report = Report()
-    for part in DataLoader(_Chunks(sources, rules, limit), batch_size=None, num_workers=workers):
-        report.samples += part.samples
-        report.defects += part.defects
-        report.measure(**part.measures)
+    inspections = _Inspections(sources, rules, limit)
+    for part in DataLoader(inspections, batch_size=256, collate_fn=list, num_workers=workers):
+        for found, measures in part:
+            report.samples += 1
+            report.defects += found
+            for name, value in measures:
+                report.measures.setdefault(name, []).append(value)
         progress(report.samples)
     return report

@@ -25,8 +25,9 @@ MAX_PIXELS = 100_000_000
 """A picture with more is refused before it is decoded (a decompression bomb, or a scan to shrink first)."""
 
 
+@lru_cache(maxsize=16)
 def make_image_processor(spec: EncoderSpec, geometry: Geometry) -> Any:
-    """The transformers image processor for `spec` and `geometry`; an export saves this very one.
+    """The transformers image processor for `spec` and `geometry`, made once: an export saves this very one.
 
     `pad` is always a `LlavaImageProcessor` (padded to a square with the encoder's mean colour, then resized); `resize`
     and `crop` are the class that the encoder names. Raises `ModelError` for one without a torchvision back end.
@@ -44,26 +45,22 @@ def make_image_processor(spec: EncoderSpec, geometry: Geometry) -> Any:
     )  # fmt: skip
 
 
-_processor = lru_cache(maxsize=16)(make_image_processor)
-
-
 def to_pixels(image: Image.Image, spec: EncoderSpec, geometry: Geometry) -> Tensor:
     """The encoder's pixels `[3, S, S]` (float32, normalised) of an RGB picture of any size."""
-    processor = _processor(spec, geometry)
+    make = make_image_processor(spec, geometry)
     if image.size != (spec.image_size, spec.image_size):
-        return processor(image, return_tensors="pt")["pixel_values"][0]
+        return make(image, return_tensors="pt")["pixel_values"][0]
     # Every geometry leaves such a picture as it is: only the processor's last step, in a quarter of the time.
-    pixels, p = processor.process_image(image)[None], processor
-    return p.rescale_and_normalize(pixels, True, p.rescale_factor, True, p.image_mean, p.image_std)[0]
+    array = make.process_image(image)[None]
+    return make.rescale_and_normalize(array, True, make.rescale_factor, True, make.image_mean, make.image_std)[0]
 
 
 def content_box(size: tuple[int, int], geometry: Geometry) -> tuple[float, float, float, float]:
     """The box (left, top, right, bottom) of the square that is not padding, as fractions; `size` is (width, height)."""
-    if geometry != "pad":
-        return (0.0, 0.0, 1.0, 1.0)
     (width, height), side = size, max(size)
     left, top = (side - width) // 2, (side - height) // 2
-    return (left / side, top / side, (left + width) / side, (top + height) / side)
+    box = (left / side, top / side, (left + width) / side, (top + height) / side)
+    return box if geometry == "pad" else (0.0, 0.0, 1.0, 1.0)
 
 
 def open_image(ref: ImageRef, where: str) -> Image.Image:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ from foveate.options import ExistingPath
 from foveate.types import Conversation, ImageRef, Turn
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_GAP = re.compile(r"[\s,]*")
-_CHUNK = 1 << 24
+_GAP = re.compile(r"[ \t\r\n,]*")
 
 
 class LlavaDataset(ConversationDataset):
@@ -45,18 +44,13 @@ class LlavaDataset(ConversationDataset):
         path, (start, stop) = self.options.path, self._spans[index]
         with open(path, "rb") as file:
             file.seek(start)
-            raw = file.read(stop - start)
-        try:
-            row = json.loads(raw)
-        except ValueError as error:
-            raise SampleError("row", f"{path.name} row {index}", f"is not valid JSON ({error})") from None
+            row = json.loads(file.read(stop - start))
         picture = partial(picture_inside, self.folder)
         return conversation(row, f"{path.name} row {index}", f"{path.stem}-{index}", picture)
 
     def fingerprint(self) -> str:
         with open(self.options.path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return f"{digest[:24]}-{os.path.getsize(self.options.path)}"
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def picture_inside(folder: Path | None, name: Any) -> Path:
@@ -80,14 +74,14 @@ def conversation(row: Any, where: str, default_id: str, picture: Callable[[Any],
         if not isinstance(row, Mapping):
             raise ValueError(f"expected an object, got {type(row).__name__}")
         where = f"{where} (id {row['id']!r})" if row.get("id") is not None else where
-        names = _listed(_either(row, "image", "images"))
+        names = _listed(_one(row, "image", "images"))
         roles = _listed(row.get("roles")) or ["input"] * len(names)
         if len(roles) != len(names) or not set(roles) <= {"input", "target"}:
             raise ValueError(f"'roles' must say 'input' or 'target' for each of {len(names)} images, got {roles}")
         pairs = [*zip(names, roles, strict=True), *((name, "target") for name in _listed(row.get("target_images")))]
         pairs.sort(key=lambda pair: pair[1] != "input")
         refs = tuple(ImageRef(picture(name), role) for name, role in pairs)
-        turns = tuple(_turn(turn) for turn in _listed(_either(row, "conversations", "messages")))
+        turns = tuple(_turn(turn) for turn in _listed(_one(row, "conversations", "messages")))
         meta = row.get("meta") or {}
         if not isinstance(meta, Mapping):
             raise ValueError(f"'meta' must be an object, got {meta!r}")
@@ -97,18 +91,17 @@ def conversation(row: Any, where: str, default_id: str, picture: Callable[[Any],
 
 
 def _turn(turn: Any) -> Turn:
-    if not isinstance(turn, Mapping):
-        raise ValueError(f"a turn must be an object with 'from' and 'value', got {turn!r}")
-    role, text = _either(turn, "from", "role"), _either(turn, "value", "content")
+    role, text = (_one(turn, "from", "role"), _one(turn, "value", "content")) if isinstance(turn, Mapping) else ("", "")
     if role not in _ROLES or not isinstance(text, str):
-        raise ValueError(f"a turn needs a text and one of {', '.join(_ROLES)} as its speaker, got {role!r}: {text!r}")
+        raise ValueError(f"a turn needs 'from' (one of {', '.join(_ROLES)}) and 'value' (its text), got {turn!r}")
     return Turn(_ROLES[role], text)  # type: ignore[arg-type]
 
 
-def _either(row: Mapping[str, Any], first: str, second: str) -> Any:
-    if row.get(first) is not None and row.get(second) is not None:
-        raise ValueError(f"has both {first!r} and {second!r}: keep one")
-    return row.get(first) if row.get(first) is not None else row.get(second)
+def _one(row: Mapping[str, Any], *keys: str) -> Any:
+    given = {key: row[key] for key in keys if row.get(key) is not None}
+    if len(given) > 1:
+        raise ValueError(f"has both {' and '.join(map(repr, given))}: keep one")
+    return next(iter(given.values()), None)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -116,42 +109,22 @@ def _listed(value: Any) -> list[Any]:
 
 
 def row_spans(path: Path) -> np.ndarray:
-    """Byte ranges `[rows, 2]` of the file's rows, found in one pass that keeps no row in memory.
+    """Byte ranges `[rows, 2]` of the rows of an array, or of objects that follow each other; no row stays in memory.
 
-    Raises `DataError` when an array is not valid JSON; a line of a JSONL file is checked when it is read.
+    Raises `DataError` with the place where the file is not valid JSON.
     """
+    spans, decode = list[tuple[int, int]](), json.JSONDecoder().raw_decode
     try:
-        with open(path, "rb") as file:
-            is_array, end = file.read(4096).lstrip().startswith(b"["), file.seek(0)
-            lines: Iterable[bytes] = () if is_array else file
-            spans = [(end - len(line), end) for line in lines if (end := end + len(line)) and line.strip()]
-        spans = _array_spans(path) if is_array else spans
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as a JSON or JSONL file in UTF-8 ({error})") from None
-    return np.array(spans, dtype=np.int64).reshape(-1, 2)
-
-
-def _array_spans(path: Path) -> list[tuple[int, int]]:
-    spans: list[tuple[int, int]] = []
-    decode = json.JSONDecoder().raw_decode
-    with open(path, encoding="utf-8", newline="") as file:
-        text = file.read(_CHUNK)
-        at = text.index("[") + 1
-        byte = len(text[:at].encode())
-        while True:
-            start = _GAP.match(text, at).end()  # type: ignore[union-attr]
-            if text[start : start + 1] == "]":
-                return spans
-            try:
-                _, stop = decode(text, start)
-            except json.JSONDecodeError as error:
-                more = file.read(max(_CHUNK, len(text)))  # the row may go on in the next chunk
-                if not more:
-                    problem = f"row {len(spans)}, after byte {byte}: {error.msg}"
-                    raise DataError(f"{path} is not a valid JSON array ({problem}); is the file complete?") from None
-                text, at = text[at:] + more, 0
-                continue
+        text = path.read_bytes().decode()
+        is_array = text[:4096].lstrip()[:1] == "["
+        at = byte = text.index("[") + 1 if is_array else 0
+        while (start := _GAP.match(text, at).end()) < len(text) and text[start] != "]":  # type: ignore[union-attr]
+            stop = decode(text, start)[1]
             first = byte + len(text[at:start].encode())
-            byte = first + len(text[start:stop].encode())
+            at, byte = stop, first + len(text[start:stop].encode())
             spans.append((first, byte))
-            at = stop
+        if text[start:].strip() != "]" * is_array:
+            raise ValueError("it does not end where its rows do; is it complete?")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not JSON or JSONL in UTF-8, after {len(spans)} rows: {error}") from None
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -35,9 +36,7 @@ class Mixture:
     def __init__(self, sources: Sequence[Source], seed: int = 0, shuffle: bool = True):
         self.sources, self.seed, self.shuffle = tuple(sources), seed, shuffle
         self._offsets = [0, *accumulate(len(source.dataset) for source in sources)]
-        self._kept = [self._subset(number) for number in range(len(sources))]
-        self._orders: dict[int, np.ndarray] = {}
-        self._length = len(self._order(0))
+        self._length = len(_order(self, 0))
         if not self._length:
             raise DataError(f"there is no sample in the data: {[source.name for source in sources]}")
 
@@ -47,27 +46,21 @@ class Mixture:
 
     def sample_at(self, epoch: int, position: int) -> tuple[int, int]:
         """The source's number and the index in its data set."""
-        item = int(self._order(epoch)[position])
+        item = int(_order(self, epoch)[position])
         source = bisect_right(self._offsets, item) - 1
         return source, item - self._offsets[source]
 
-    def _subset(self, number: int) -> np.ndarray:
-        source, size = self.sources[number], len(self.sources[number].dataset)
-        kept = np.arange(size)
-        if source.max_samples is not None and source.max_samples < size:
-            drawn = np.random.default_rng((self.seed, _SUBSET, number)).permutation(size)
-            kept = np.sort(drawn[: source.max_samples])
-        return kept + self._offsets[number]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            parts = []
-            for number, (source, kept) in enumerate(zip(self.sources, self._kept, strict=True)):
-                whole = int(source.weight)
-                extra = np.random.default_rng((self.seed, _EXTRA, number, epoch)).permutation(kept)
-                parts += [kept] * whole + [np.sort(extra[: round((source.weight - whole) * len(kept))])]
-            order = np.concatenate([np.empty(0, dtype=np.int64), *parts])
-            if self.shuffle:
-                order = np.random.default_rng((self.seed, _ORDER, epoch)).permutation(order)
-            self._orders = {epoch: order, **dict(list(self._orders.items())[:1])}  # two epochs meet in the prefetch
-        return self._orders[epoch]
+@lru_cache(maxsize=4)
+def _order(mixture: Mixture, epoch: int) -> np.ndarray:
+    """What stands at each position of the epoch, numbered through all sources."""
+    parts = [np.empty(0, dtype=np.int64)]
+    for number, source in enumerate(mixture.sources):
+        size, seed = len(source.dataset), mixture.seed
+        most = size if source.max_samples is None else min(size, source.max_samples)
+        drawn = np.random.default_rng((seed, _SUBSET, number)).permutation(size)[:most] if most < size else range(size)
+        kept = np.sort(np.array(drawn, dtype=np.int64)) + mixture._offsets[number]
+        extra = np.random.default_rng((seed, _EXTRA, number, epoch)).permutation(kept)
+        parts += [kept] * int(source.weight) + [np.sort(extra[: round(source.weight % 1 * len(kept))])]
+    order = np.concatenate(parts)
+    return np.random.default_rng((mixture.seed, _ORDER, epoch)).permutation(order) if mixture.shuffle else order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,16 +35,8 @@ class SampleRules:
 
     @cached_property
     def image_token_id(self) -> int:
-        """The id of `<image>`. Raises `DataError` when the tokenizer lacks it."""
-        found = self.tokenizer.get_vocab().get(IMAGE_PLACEHOLDER)
-        if found is None:
-            raise DataError(f"the tokenizer has no image token {IMAGE_PLACEHOLDER}; load it with `load_tokenizer`")
-        return found
-
-    @property
-    def visual_tokens(self) -> int:
-        """N, visual tokens of one image."""
-        return self.visual_grid[0] * self.visual_grid[1]
+        """The id of `<image>`, N of which stand for an image in `input_ids`."""
+        return int(self.tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER))
 
 
 def defects(conversation: Conversation) -> Iterator[SampleError]:
@@ -89,13 +82,11 @@ def load_pixels(sample: Sample, rules: SampleRules) -> Sample:
 
     Raises `SampleError` of kind "image" for a picture that is missing or cannot be read.
     """
-    images = [open_image(ref, f"sample '{sample.id}'") for ref in sample.refs]
-    boxes = [content_box(image.size, rules.geometry) for image in images]
-    return replace(
-        sample,
-        pixels=[to_pixels(image, rules.encoder, rules.geometry) for image in images],
-        images=[replace(record, content=box) for record, box in zip(sample.images, boxes, strict=True)],
-    )
+    opened = [open_image(ref, f"sample '{sample.id}'") for ref in sample.refs]
+    pixels = [to_pixels(image, rules.encoder, rules.geometry) for image in opened]
+    boxes = [content_box(image.size, rules.geometry) for image in opened]
+    images = [replace(record, content=box) for record, box in zip(sample.images, boxes, strict=True)]
+    return replace(sample, pixels=pixels, images=images)
 
 
 def _placeholders(conversation: Conversation) -> int:
@@ -107,42 +98,30 @@ def _tokenize(conversation: Conversation, rules: SampleRules) -> Sample:
 
     Where a conversation was cut, input images beyond its last placeholder go with the turns that showed them.
     """
-    where, image, bos = f"sample '{conversation.id}'", rules.image_token_id, rules.tokenizer.bos_token_id
+    where, bos, image = f"sample '{conversation.id}'", rules.tokenizer.bos_token_id, rules.image_token_id
+    shown = _placeholders(conversation) if conversation.turns else sum(r.role == "input" for r in conversation.images)
+    ids = ([] if bos is None else [bos]) + [image] * shown
+    supervised = [False] * len(ids)
     if conversation.turns:
-        shown = _placeholders(conversation)
         try:
             ids, supervised = encode(rules.template, rules.tokenizer, conversation.turns)
         except DataError as error:
             raise SampleError("row", where, str(error)) from None
-    else:
-        shown = sum(ref.role == "input" for ref in conversation.images)
-        ids = [bos] * (bos is not None) + [image] * shown
-        supervised = [False] * len(ids)
-    input_ids: list[int] = []
-    labels: list[int] = []
-    starts: list[int] = []
+    input_ids, labels, starts = list[int](), list[int](), list[int]()
     for token, learned in zip(ids, supervised, strict=True):
         if token == image:
             starts.append(len(input_ids))
-            input_ids += [image] * rules.visual_tokens
-            labels += [IGNORE_INDEX] * rules.visual_tokens
-        else:
-            input_ids.append(token)
-            labels.append(token if learned else IGNORE_INDEX)
+        repeats = math.prod(rules.visual_grid) if token == image else 1
+        input_ids += [token] * repeats
+        labels += [token if learned and token != image else IGNORE_INDEX] * repeats
     if len(starts) != shown:
         problem = f"has {shown} placeholders; template '{rules.template.name}' made {len(starts)} image tokens of them"
         raise SampleError("placeholders", where, problem)
-    images = [(index, ref) for index, ref in enumerate(conversation.images) if ref.role == "input"][:shown]
-    images += [(index, ref) for index, ref in enumerate(conversation.images) if ref.role == "target"]
-    starts += [-1] * (len(images) - shown)
-    return Sample(
-        id=conversation.id,
-        input_ids=torch.tensor(input_ids),
-        labels=torch.tensor(labels),
-        images=[
-            ImageRecord(conversation.id, index, ref.role, rules.visual_grid, start)
-            for (index, ref), start in zip(images, starts, strict=True)
-        ],
-        refs=tuple(ref for _, ref in images),
-        meta=conversation.meta,
-    )
+    sample = Sample(conversation.id, torch.tensor(input_ids), torch.tensor(labels), [], meta=conversation.meta)
+    left = iter(starts)
+    for index, ref in enumerate(conversation.images):
+        start = -1 if ref.role == "target" else next(left, None)
+        if start is not None:
+            sample.images.append(ImageRecord(conversation.id, index, ref.role, rules.visual_grid, start))
+            sample.refs += (ref,)
+    return sample

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from foveate.data.sample import SampleRules, build_sample, load_pixels
 from foveate.errors import DataError
 from foveate.types import Batch, Sample
 
-_RATE_WINDOW = 1000  # below so many samples a rate means little
+_RATE_WINDOW = 1000  # of fewer samples a rate says little
 
 
 @dataclass
@@ -30,11 +30,11 @@ class StepBatches:
     over-long samples that the recipe drops.
     """
 
-    batches: list[Batch]
-    counts: dict[str, float]
-    samples: int
-    images: int
-    tokens: int
+    batches: list[Batch] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=lambda: {"text": 0.0})
+    samples: int = 0
+    images: int = 0
+    tokens: int = 0
     skipped: list[str] = field(default_factory=list)
     bad: int = 0
 
@@ -52,58 +52,37 @@ class StageData(Dataset[StepBatches | DataError]):
     """
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        rules: SampleRules,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        budget: int = 16384,
-        rank: int = 0,
-        world: int = 1,
-        on_bad: Literal["error", "skip"] = "error",
-        max_bad_rate: float = 0.01,
-        workers: int = 0,
-        prefetch: int = 2,
-        shuffle: bool = True,
-        epochs: float | None = None,
+        self, sources: Sequence[Source], rules: SampleRules, *, batch_size: int, seed: int = 0, budget: int = 16384,
+        rank: int = 0, world: int = 1, on_bad: Literal["error", "skip"] = "error", max_bad_rate: float = 0.01,
+        workers: int = 0, prefetch: int = 2, shuffle: bool = True, epochs: float | None = None,
         max_steps: int | None = None,
-    ):
+    ):  # fmt: skip
         self.mixture, self.rules = Mixture(sources, seed, shuffle), rules
         self.batch_size, self.budget, self.rank, self.world = batch_size, budget, rank, world
-        self.on_bad, self.max_bad_rate = on_bad, max_bad_rate
-        self.workers, self.prefetch = workers, prefetch
+        self.on_bad, self.max_bad_rate, self.workers, self.prefetch = on_bad, max_bad_rate, workers, prefetch
         self.steps_per_epoch = math.ceil(len(self.mixture) / batch_size)
-        by_epochs = math.ceil((epochs if epochs is not None else 1) * self.steps_per_epoch)
-        self.total_steps = by_epochs if max_steps is None else max_steps if epochs is None else min(by_epochs, max_steps)
+        by_epochs = math.ceil(self.steps_per_epoch * (1 if epochs is None else epochs))
+        self.total_steps = max_steps if max_steps and (epochs is None or max_steps < by_epochs) else by_epochs
         self._order: list[int] = []
         self._loader: DataLoader[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_loader": None}
 
-    def __len__(self) -> int:
-        return self.total_steps
-
     def steps(self, start: int = 0) -> Iterator[StepBatches]:
-        """The steps from `start` on, in order; nothing before is read.
+        """The steps from `start` on, in order; nothing before is read. One iteration at a time.
 
-        Raises `DataError` for a defective sample, or when too many were skipped. One iteration at a time.
+        Raises `DataError` for a defective sample, or when too many were skipped.
         """
         self._order[:] = range(start, self.total_steps)
         if self._loader is None:
-            if self.workers:
-                os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or forked workers warn about it
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or forked workers warn about it
             self._loader = DataLoader(
-                self,
-                batch_size=None,
-                sampler=self._order,
-                num_workers=self.workers,
-                prefetch_factor=self.prefetch if self.workers else None,
-                persistent_workers=self.workers > 0,
+                self, batch_size=None, sampler=self._order, num_workers=self.workers,
+                prefetch_factor=self.prefetch if self.workers else None, persistent_workers=self.workers > 0,
                 pin_memory=torch.cuda.is_available(),
-            )
-        seen, bad, reasons = 0, 0, list[str]()
+            )  # fmt: skip
+        bad, reasons = 0, list[str]()
         planned = self.total_steps * self.batch_size / self.world
         for number, item in enumerate(self._loader, 1):
             if isinstance(item, DataError):
@@ -118,41 +97,37 @@ class StageData(Dataset[StepBatches | DataError]):
             yield item
 
     def __getitem__(self, step: int) -> StepBatches | DataError:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        places = range(place * self.batch_size, min((place + 1) * self.batch_size, len(self.mixture)))
+        result, outlines = StepBatches(), list[Sample]()
         try:
-            return self._step(step)
+            for place in places:
+                outlines += self._sound(result, place % self.world == self.rank, self._outline, epoch, place)
+            for group in deal([sample.length for sample in outlines], self.world, self.budget)[self.rank]:
+                samples = list[Sample]()
+                for number in group:
+                    samples += self._sound(result, True, load_pixels, outlines[number], self.rules)
+                result.batches.append(pack(samples) if samples else dummy_batch(self.rules))
+                result.samples += len(samples)
+                result.images += sum(len(sample.images) for sample in samples)
+                result.tokens += sum(sample.length for sample in samples)
+                result.counts["text"] += sum(sample.supervised for sample in samples)
         except DataError as error:
             return error
-
-    def _step(self, step: int) -> StepBatches:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        first = place * self.batch_size
-        result = StepBatches([], {"text": 0.0}, samples=0, images=0, tokens=0)
-        outlines: list[Sample] = []
-        for position in range(first, min(first + self.batch_size, len(self.mixture))):
-            source, index = self.mixture.sample_at(epoch, position)
-            try:
-                outlines.append(build_sample(self.mixture.sources[source].dataset[index], self.rules))
-            except SampleError as error:
-                self._skip(error, result, told=position % self.world == self.rank)
-        for group in deal([sample.length for sample in outlines], self.world, self.budget)[self.rank]:
-            samples = []
-            for number in group:
-                try:
-                    samples.append(load_pixels(outlines[number], self.rules))
-                except SampleError as error:
-                    self._skip(error, result, told=True)
-            result.batches.append(pack(samples) if samples else dummy_batch(self.rules))
-            result.samples += len(samples)
-            result.images += sum(len(sample.images) for sample in samples)
-            result.tokens += sum(sample.length for sample in samples)
-            result.counts["text"] += sum(sample.supervised for sample in samples)
         return result
 
-    def _skip(self, error: SampleError, result: StepBatches, told: bool) -> None:
-        """Leave a place empty if the recipe allows it. Raises `error` if not."""
-        dropped = error.kind == "long" and self.rules.on_long == "drop"
-        if not dropped and self.on_bad == "error":
-            raise error
-        if told:
-            result.skipped.append(str(error))
-            result.bad += not dropped
+    def _outline(self, epoch: int, place: int) -> Sample:
+        source, index = self.mixture.sample_at(epoch, place)
+        return build_sample(self.mixture.sources[source].dataset[index], self.rules)
+
+    def _sound(self, result: StepBatches, told: bool, make: Callable[..., Sample], *arguments: Any) -> list[Sample]:
+        """What `make` makes, or nothing where the recipe lets the place of a defective sample stay empty."""
+        try:
+            return [make(*arguments)]
+        except SampleError as error:
+            dropped = error.kind == "long" and self.rules.on_long == "drop"
+            if not dropped and self.on_bad == "error":
+                raise
+            result.skipped += [str(error)] * told
+            result.bad += told and not dropped
+            return []

@@ -55,9 +55,9 @@ def load_template(name: str, tokenizer: Any, system: str | None = None) -> Templ
     def refused(why: str) -> DataError:
         return DataError(f"template '{name}' {why}; templates that come with foveate: {', '.join(SHIPPED)}")
 
-    if not getattr(tokenizer, "is_fast", False):
-        raise refused(f"needs a fast tokenizer, which knows where tokens stand in the text, not {type(tokenizer)}")
-    if name != "chat" and name not in SHIPPED:
+    if not getattr(tokenizer, "is_fast", False) or IMAGE_PLACEHOLDER not in tokenizer.get_vocab():
+        raise refused(f"needs a fast tokenizer with the token {IMAGE_PLACEHOLDER} (see `load_tokenizer`)")
+    if name not in ("chat", *SHIPPED):
         raise refused("is not known: `chat` is the tokenizer's own")
     if name == "chat" and not tokenizer.chat_template:
         raise refused("is the tokenizer's own chat template, and it has none")

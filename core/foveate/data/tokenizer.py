@@ -32,7 +32,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Raises `ModelError` when `vocab_size` cannot hold the 256 bytes and the special tokens.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = [_special(token) for token in ("<pad>", "<|im_start|>", "<|im_end|>", IMAGE_PLACEHOLDER)]
+    names = ("<pad>", "<|im_start|>", "<|im_end|>", IMAGE_PLACEHOLDER)
+    special = [AddedToken(name, normalized=False, special=True) for name in names]
     if vocab_size < (least := len(alphabet) + len(special)):
         raise ModelError(f"a byte-level vocabulary needs at least {least} tokens, got vocab_size {vocab_size}")
     backend = Tokenizer(models.BPE())
@@ -57,11 +58,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> LoadedTok
 def with_image_token(tokenizer: Any) -> LoadedTokenizer:
     """`tokenizer` itself, the image token added to it, or made special, where it is not."""
     known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    missing = IMAGE_PLACEHOLDER not in known
-    added = missing and bool(tokenizer.add_tokens([_special(IMAGE_PLACEHOLDER)], special_tokens=True))
+    token = AddedToken(IMAGE_PLACEHOLDER, normalized=False, special=True)
+    added = IMAGE_PLACEHOLDER not in known and bool(tokenizer.add_tokens([token], special_tokens=True))
     vocabulary = tokenizer.get_vocab()
     return LoadedTokenizer(tokenizer, vocabulary[IMAGE_PLACEHOLDER], added, max(vocabulary.values()) + 1)
-
-
-def _special(token: str) -> AddedToken:
-    return AddedToken(token, normalized=False, special=True)

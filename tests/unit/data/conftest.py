@@ -58,7 +58,7 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
 def _llama(template: str | None, *extra: str) -> Any:
     """A Llama-2-like tokenizer: byte-fallback BPE on words that start with a metaspace, with <s> and </s>."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
     special = [AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>", "</s>", *extra)]
     trainer = trainers.BpeTrainer(
