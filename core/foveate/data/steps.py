@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -77,8 +78,8 @@ class StageData(Dataset[StepBatches | DataError]):
         self._order[:] = range(start, self.total_steps)
         if self._loader is None:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or forked workers warn about it
-            self._loader = DataLoader(
-                self, batch_size=None, sampler=self._order, num_workers=self.workers,
+            self._loader = DataLoader(  # of a copy: in a circle with its loader, workers would not end in good order
+                copy.copy(self), batch_size=None, sampler=self._order, num_workers=self.workers,
                 prefetch_factor=self.prefetch if self.workers else None, persistent_workers=self.workers > 0,
                 pin_memory=torch.cuda.is_available(),
             )  # fmt: skip
