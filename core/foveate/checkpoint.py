@@ -1,14 +1,13 @@
 """Checkpoints of a stage: safetensors and JSON, complete or absent, checked when they are read; never unpickled.
 
-`STAGE/checkpoints/step-N/` holds a file `NAME.safetensors` for each group of tensors, `state.json`, and `complete.json`
-with every file's size and SHA-256.
+`STAGE/checkpoints/step-N/` holds `NAME.safetensors` for each group of tensors, `state.json`, and `complete.json` with
+every file's size and SHA-256.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,17 +22,13 @@ from torch import Tensor
 from foveate.errors import RunError
 from foveate.files import atomic_folder, read_json, write_json
 
-SEAL = "complete.json"
-_STATE = "state.json"
-_STEP = re.compile(r"step-(\d+)")
-_STATELESS = "none"
+SEAL, STATE = "complete.json", "state.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """What `save_checkpoint` was given: tensors on the CPU by file name and key, and the JSON state."""
 
-    folder: Path
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
 
@@ -54,7 +49,7 @@ def save_checkpoint(
     with atomic_folder(folder) as aside:
         for name, group in tensors.items():
             _save_tensors(group, aside / f"{name}.safetensors")
-        write_json(aside / _STATE, dict(state))
+        write_json(aside / STATE, dict(state))
         write_json(aside / SEAL, {"format": 1, "files": {path.name: _facts(path) for path in sorted(aside.iterdir())}})
     for old in _complete(folder.parent)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -65,21 +60,16 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     Raises `RunError` that names the file which is missing, damaged or incomplete, and says how to go on.
     """
-    advice = f"Delete {folder} to resume from the checkpoint before it."
-    if not (folder / SEAL).is_file():
-        raise RunError(f"{folder} is no complete checkpoint: it has no {SEAL}. {advice}")
-    files: dict[str, dict[str, Any]] = read_json(folder / SEAL)["files"]
+    files = read_json(folder / SEAL)["files"]
     for name, facts in files.items():
-        if not (folder / name).is_file():
-            raise RunError(f"{folder / name} is missing. {advice}")
-        found = _facts(folder / name)
+        found = _facts(folder / name) if (folder / name).is_file() else "missing"
         if found != facts:
             raise RunError(
-                f"{folder / name} is damaged: it has {found['bytes']} bytes, SHA-256 {found['sha256'][:12]}…, and was "
-                f"written with {facts['bytes']} bytes, {facts['sha256'][:12]}…. {advice}"
+                f"{folder / name} is damaged: written as {facts}, it is now {found}. "
+                f"Delete {folder} to resume from the checkpoint before it."
             )
     tensors = {Path(name).stem: _load_tensors(folder / name) for name in files if name.endswith(".safetensors")}
-    return Checkpoint(folder, tensors, read_json(folder / _STATE))
+    return Checkpoint(tensors, read_json(folder / STATE))
 
 
 def latest_checkpoint(stage_folder: Path) -> Path | None:
@@ -88,19 +78,20 @@ def latest_checkpoint(stage_folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def _complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    found = [path.parent for path in folder.glob(f"step-*/{SEAL}") if path.parent.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optimizer's state as tensors `KEY/PARAMETER`; `names` maps state-dict names to the optimizer's parameters.
 
     Learning rates are not in it: they are a function of recipe and step. A parameter that was never stepped leaves an
     empty tensor `none/PARAMETER`.
     """
-    flat: dict[str, Tensor] = {}
-    for name, parameter in names.items():
-        state = optimizer.state.get(parameter, {})
-        flat |= {f"{key}/{name}": torch.as_tensor(value) for key, value in state.items()}
-        if not state:
-            flat[f"{_STATELESS}/{name}"] = torch.empty(0)
-    return flat
+    states = {name: optimizer.state.get(parameter) or {"none": torch.empty(0)} for name, parameter in names.items()}
+    return {f"{key}/{name}": torch.as_tensor(value) for name, state in states.items() for key, value in state.items()}
 
 
 def load_optimizer_state(
@@ -111,27 +102,20 @@ def load_optimizer_state(
     for entry, tensor in flat.items():
         key, _, name = entry.partition("/")
         states.setdefault(name, {})[key] = tensor
+        if name in names and tensor.ndim and key != "none" and tensor.shape != names[name].shape:
+            raise RunError(f"{key} of {name} has shape {tuple(tensor.shape)}, needed {tuple(names[name].shape)}.")
     if states.keys() != names.keys():
         missing, unknown = sorted(names.keys() - states.keys()), sorted(states.keys() - names.keys())
         raise RunError(
             "the checkpoint's optimizer state does not fit what this stage trains: "
-            f"missing {', '.join(missing[:4]) or 'nothing'}; unknown {', '.join(unknown[:4]) or 'nothing'} "
-            f"({len(missing)} and {len(unknown)} parameters). Resume with the recipe that the run began with."
+            f"{len(missing)} parameters are missing ({', '.join(missing[:4])}), {len(unknown)} unknown "
+            f"({', '.join(unknown[:4])}). Resume with the recipe that the run began with."
         )
     for name, parameter in names.items():
-        state = {key: tensor for key, tensor in states[name].items() if key != _STATELESS}
-        for key, tensor in state.items():
-            if tensor.ndim and tensor.shape != parameter.shape:
-                raise RunError(f"{key} of {name} has shape {tuple(tensor.shape)}, needed {tuple(parameter.shape)}.")
         optimizer.state.pop(parameter, None)
-        if state:
-            optimizer.state[parameter] = {key: tensor.to(parameter.device, copy=True) for key, tensor in state.items()}
-
-
-def _complete(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    numbered = [(match, path) for path in folder.glob("step-*") if (match := _STEP.fullmatch(path.name))]
-    return [path for match, path in sorted(numbered, key=lambda pair: int(pair[0][1])) if (path / SEAL).is_file()]
+        if "none" not in states[name]:
+            state = {key: tensor.to(parameter.device, copy=True) for key, tensor in states[name].items()}
+            optimizer.state[parameter] = state
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -145,13 +129,13 @@ def _save_tensors(group: Mapping[str, Tensor], path: Path) -> None:
     tied: dict[str, str] = {}
     written: dict[str, Tensor] = {}
     for key, tensor in group.items():
-        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and (other := first.setdefault(place, key)) != key:
             tied[key] = other
         else:
             copied = tensor.detach().contiguous().cpu()
-            shared = copied.untyped_storage().nbytes() != copied.nbytes  # a view: safetensors wants its own storage
-            written[key] = copied.clone() if shared else copied
+            view = copied.untyped_storage().nbytes() != copied.nbytes  # safetensors wants a storage of its own
+            written[key] = copied.clone() if view else copied
     try:
         save_file(written, path, metadata={"tied": json.dumps(tied)})
     except SafetensorError as error:  # the disk is full, for instance; it carries no errno

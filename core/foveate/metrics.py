@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,9 +14,6 @@ from torch import Tensor
 from foveate import options as _options
 from foveate.errors import DataError
 from foveate.types import Batch
-
-Predict = Callable[[Batch], Tensor]
-"""A batch to the tokens `[S]` that the model finds likeliest at its supervised positions (`Learner.predict`)."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +67,10 @@ class Metric(ABC):
 
 def exact_answers(batch: Batch, tokens: Tensor) -> list[bool | None]:
     """For each sample of `batch` whether all its `tokens` `[S]` are the targets; None where nothing is supervised."""
-    wrong_S = (tokens.cpu() != batch.target_ids.cpu()).long()
     where_S, zeros = batch.sample_targets.cpu(), torch.zeros(len(batch.sample_ids), dtype=torch.long)
-    wrong, total = zeros.index_add(0, where_S, wrong_S), zeros.index_add(0, where_S, torch.ones_like(wrong_S))
-    return [bool(bad == 0) if count else None for bad, count in zip(wrong.tolist(), total.tolist(), strict=True)]
+    wrong = zeros.index_add(0, where_S, (tokens.cpu() != batch.target_ids.cpu()).long())
+    total = zeros.index_add(0, where_S, torch.ones_like(where_S))
+    return [bad == 0 if count else None for bad, count in zip(wrong.tolist(), total.tolist(), strict=True)]
 
 
 def swap_pictures(batch: Batch, donors: Tensor | None = None) -> Batch | None:
@@ -83,50 +80,52 @@ def swap_pictures(batch: Batch, donors: Tensor | None = None) -> Batch | None:
     of `donors` `[J, 3, H, W]` (of another row) stand in. None where these are too few.
     """
     images = len(batch.images)
-    most = max((image.index + 1 for image in batch.images), default=0)
-    if images >= 2 * most:
+    if images >= 2 * max((image.index + 1 for image in batch.images), default=0):
         return dataclasses.replace(batch, pixels=batch.pixels.roll(images // 2, 0)) if images else batch
     if donors is None or len(donors) < images:
         return None
     return dataclasses.replace(batch, pixels=donors[:images])
 
 
+def _blind(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch]]:
+    """Each batch, and the same with swapped pictures; rows that must borrow some may have to wait to the end."""
+    donors: Tensor | None = None
+    waiting: list[Batch] = []
+    for batch in batches:
+        if swapped := swap_pictures(batch, donors):
+            yield batch, swapped
+        else:
+            waiting.append(batch)
+        if donors is None or len(batch.pixels) > len(donors):
+            donors = batch.pixels
+    for batch in waiting:
+        swapped = swap_pictures(batch, None if donors is batch.pixels else donors)
+        if swapped is None:
+            raise DataError(f"sample {batch.sample_ids[0]}: no other sample has as many pictures for a blind baseline.")
+        yield batch, swapped
+
+
 @torch.no_grad()
 def evaluate(
     metrics: Sequence[Metric],
     batches: Iterable[Batch],
-    predict: Predict,
+    predict: Callable[[Batch], Tensor],
     gather: Callable[[list[Answer]], list[Answer]] = list,
 ) -> list[Evaluation]:
-    """Runs `predict` over held-out `batches` and hands each metric every answer; `gather` joins those of all processes.
+    """Answers held-out `batches` and hands each metric every answer; `gather` joins those of all processes.
 
-    Raises `DataError` when a blind baseline is asked for and no other sample has pictures to show.
+    `predict`: a batch to the tokens `[S]` that the model finds likeliest at its supervised positions. Raises
+    `DataError` when a blind baseline is asked for and no other sample has pictures to show.
     """
     blind = any(metric.blind for metric in metrics)
     answers: list[Answer] = []
-    lonely: list[Batch] = []
-    donors: Tensor | None = None
-
-    def answer(batch: Batch, swapped: Batch) -> None:
+    for batch, swapped in _blind(batches) if blind else ((batch, batch) for batch in batches):
         seen = exact_answers(batch, predict(batch))
-        unseen = exact_answers(batch, predict(swapped)) if blind else [False] * len(seen)
-        for number, (exact, guess) in enumerate(zip(seen, unseen, strict=True)):
+        guessed = exact_answers(batch, predict(swapped)) if blind else [False] * len(seen)
+        for name, meta, exact, guess in zip(batch.sample_ids, batch.metas, seen, guessed, strict=True):
             if exact is not None and not batch.dummy:
-                answers.append(Answer(batch.sample_ids[number], batch.metas[number], exact, bool(guess)))
-
-    for batch in batches:
-        swapped = swap_pictures(batch, donors) if blind else batch
-        if blind and (donors is None or len(batch.pixels) > len(donors)):
-            donors = batch.pixels
-        if swapped is None:
-            lonely.append(batch)
-        else:
-            answer(batch, swapped)
-    for batch in lonely:
-        swapped = swap_pictures(batch, None if donors is batch.pixels else donors)
-        if swapped is None:
-            raise DataError(f"sample {batch.sample_ids[0]}: no other sample has as many pictures for a blind baseline.")
-        answer(batch, swapped)
+                answers.append(Answer(name, meta, exact, bool(guess)))
+    everyones = gather(answers)
     for metric in metrics:
-        metric.update(gather(answers))
+        metric.update(everyones)
     return [metric.summary() for metric in metrics]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -61,50 +61,49 @@ class Plan:
     image_size: int
     visual_tokens: int
     compute: str
-    stages: list[StagePlan] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    stages: list[StagePlan]
+    warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
         return asdict(self)
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, room: DataRoom | None = None) -> Plan:
     """The plan of a recipe. The model is built without memory for weights; some samples are tokenized.
 
-    Raises what training would begin with: trackers that are not installed, rules that select nothing, parts that do not
-    fit together, a template without a generation mask.
+    `room`: the recipe's data, where they are open already. Raises what training would begin with: trackers that are not
+    installed, rules that select nothing, parts that do not fit together, a template without a generation mask.
     """
     check_trackers(recipe.trackers)
-    model = blueprint(recipe.model)
-    data, grid, compute = DataRoom(recipe, model), model.visual_grid(), recipe.precision.compute
-    plan = Plan(recipe.name, str(recipe.output), model.encoder_spec().image_size, grid[0] * grid[1], compute)
+    room = room or DataRoom(recipe, blueprint(recipe.model))
+    warnings = [f"no stock Llava, so an export brings its own modelling file: {why}" for why in not_stock(room.plan)]
     try:
-        vocabulary = len(data.tokenizer)
+        vocabulary: int | None = len(room.tokenizer)
     except ModelError as error:
         vocabulary = None
-        plan.warnings.append(f"tokens are not estimated: {error}")
+        warnings.append(f"tokens are not estimated: {error}")
     with torch.device("meta"):
-        lmm = build_lmm(model, vocabulary, load_weights=False)
+        lmm = build_lmm(room.plan, vocabulary, load_weights=False)
+    stages = []
     for stage in recipe.stages:
         with torch.device("meta"):
             parts = part_rows({part: copy.deepcopy(getattr(lmm, part)) for part in PARTS}, stage, recipe.precision)
-        rules = data.rules(stage) if vocabulary else cast(SampleRules, None)
-        steps = StageData(
-            data.sources(stage.data), rules, batch_size=stage.batch_size, epochs=stage.epochs, max_steps=stage.max_steps
+        rules: Any = room.rules(stage) if vocabulary else None
+        data = StageData(
+            room.sources(stage.data), rules, batch_size=stage.batch_size, epochs=stage.epochs, max_steps=stage.max_steps
         )
         tokens = None
         if rules:
             reader = recipe.objectives if stage.objectives is None else stage.objectives
-            per_sample = _tokens_of_a_sample(steps.mixture, rules, f"{stage.name}: ", bool(reader), plan.warnings)
-            tokens = round(per_sample * stage.batch_size)
-        size, total, epochs = len(steps.mixture), steps.total_steps, steps.total_steps / steps.steps_per_epoch
-        plan.stages.append(StagePlan(stage.name, parts, size, stage.batch_size, total, epochs, tokens))
+            found = _tokens_of_a_sample(data.mixture, rules, f"{stage.name}: ", bool(reader), warnings)
+            tokens = round(found * stage.batch_size)
+        epochs, total = data.total_steps / data.steps_per_epoch, data.total_steps
+        stages.append(StagePlan(stage.name, parts, len(data.mixture), stage.batch_size, total, epochs, tokens))
         if stage.warmup >= total:
-            plan.warnings.append(f"{stage.name}: all of its {total} steps are warm-up")
-    if reasons := not_stock(model):
-        plan.warnings.append(f"no stock Llava, so an export brings its own modelling file: {'; '.join(reasons)}")
-    return plan
+            warnings.append(f"{stage.name}: all of its {total} steps are warm-up")
+    image, (rows, columns) = room.plan.encoder_spec().image_size, room.plan.visual_grid()
+    return Plan(recipe.name, str(recipe.output), image, rows * columns, recipe.precision.compute, stages, warnings)
 
 
 def part_rows(modules: Mapping[str, nn.Module], stage: Stage, precision: Precision) -> list[PartRow]:
@@ -153,12 +152,11 @@ def _tokens_of_a_sample(mixture: Mixture, rules: SampleRules, where: str, read: 
 
 def not_stock(model: Blueprint) -> list[str]:
     """Why a model cannot become a stock `LlavaForConditionalGeneration`; empty when it can."""
-    encoder, projector = model.parts["encoder"], model.parts["projector"]
+    encoder, projector = model.parts["encoder"].type, model.parts["projector"]
     options = projector.options.model_dump()
-    depth = f" of depth {options['depth']}" if "depth" in options else ""
-    reasons = [f"its encoder is of type {encoder.type}"] if encoder.type != "hf" else []
+    reasons = [f"its encoder is of type {encoder}"] if encoder != "hf" else []
     if (projector.type, options.get("depth")) != ("mlp", 2):
-        reasons.append(f"its projector is {projector.type}{depth}, not mlp of depth 2")
+        reasons.append(f"its projector is {projector.type}, not mlp of depth 2")
     return [*reasons, "its visual tokens are normalized"] if options.get("normalize") else reasons
 
 

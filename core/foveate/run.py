@@ -36,9 +36,12 @@ class Run:
 
     @staticmethod
     def check(folder: Path, resume: bool) -> None:
-        """Raises `RunError` when a new run would overwrite something, or there is nothing that could be resumed."""
+        """Raises `RunError` when a new run would overwrite something, or what is to be resumed is not a run.
+
+        Resuming what has not begun is fine: a job that restarts itself begins with the same command.
+        """
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return  # also with --resume: a job that restarts itself begins with the same command
+            return
         if not (folder / RECIPE).is_file():
             raise RunError(f"{folder} exists and is not a run. Give the run another `output` or `name`.")
         if not resume:
@@ -54,21 +57,23 @@ class Run:
         Writes recipe and manifest on the main process. Raises `RunError` as `check` does, and when a resumed run was
         begun with another recipe or other data.
         """
-        run = cls(Path(recipe.output), main)
+        run = cls(recipe.output, main)
         if not main:
             return run
         cls.check(run.folder, resume)
         resolved, now = recipe.resolved(), datetime.now(UTC).isoformat(timespec="seconds")
-        manifest: dict[str, Any] = {"name": recipe.name, "started": now, "resumed": []}
+        started, resumed = now, list[str]()
         if (run.folder / RECIPE).is_file():
             old = read_json(run.folder / MANIFEST)
-            run._same("recipe", run.recipe(), resolved)
-            run._same("data", old["data"], dict(data))
-            manifest |= {"started": old["started"], "resumed": [*old["resumed"], now]}
+            run._refuse_changes("recipe", run.recipe(), resolved)
+            run._refuse_changes("data", old["data"], data)
+            started, resumed = old["started"], [*old["resumed"], now]
         plugins = [name for name, _ in installed_plugins().manager.list_name_plugin()]
-        manifest |= {
+        manifest = {
+            "name": recipe.name,
+            "started": started,
+            "resumed": resumed,
             "versions": {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
-            "platform": platform.platform(),
             "plugins": {name: version(name.split(" ")[0]) for name in plugins},
             "data": dict(data),
         }
@@ -76,10 +81,9 @@ class Run:
         write_text(run.folder / RECIPE, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         return run
 
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Any:
         """The resolved recipe that the run was begun with."""
-        found: dict[str, Any] = yaml.safe_load((self.folder / RECIPE).read_text(encoding="utf-8"))
-        return found
+        return yaml.safe_load((self.folder / RECIPE).read_text(encoding="utf-8"))
 
     def stage_folder(self, stage: str) -> Path:
         """Where a stage's checkpoints lie."""
@@ -87,41 +91,36 @@ class Run:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Appends a line to `metrics.jsonl`, non-finite numbers as null. Raises `RunError` where the disk is full."""
-        if not self.main:
-            return
         bad = {key: None for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
         try:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**line, **bad}, ensure_ascii=False) + "\n")
+            if self.main:
+                with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**line, **bad}, ensure_ascii=False) + "\n")
         except OSError as error:
             message = f"{self.folder / METRICS} cannot be written: {error.strerror}. Free space, then --resume."
             raise RunError(message) from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`; one that a crash has cut off is left out."""
-        if not (self.folder / METRICS).is_file():
-            return []
-        lines = (self.folder / METRICS).read_text(encoding="utf-8").split("\n")
+        path = self.folder / METRICS
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
         return [json.loads(line) for line in lines[:-1]]
 
     def cut_metrics(self, stages: Sequence[str], stage: str, step: int) -> None:
         """Takes the lines after `step` of `stage` out of `metrics.jsonl`: a resumed run writes them again."""
-        if not self.main:
-            return
-        until = (stages.index(stage), step)
-        kept = [line for line in self.metrics() if (stages.index(line["stage"]), line["step"]) <= until]
-        write_text(self.folder / METRICS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        if self.main:
+            until = (stages.index(stage), step)
+            kept = [line for line in self.metrics() if (stages.index(line["stage"]), line["step"]) <= until]
+            write_text(self.folder / METRICS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
-    def _same(self, what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        # through JSON, so that a tuple and the list that YAML made of it are equal
-        before, after = _flat(json.loads(json.dumps(old))), _flat(json.loads(json.dumps(new)))
+    def _refuse_changes(self, what: str, old: Any, new: Any) -> None:
+        before, after = _flat(old), _flat(dict(new))
         changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-        changed = [key for key in changed if what != "recipe" or key.split(".")[0] not in _MAY_CHANGE]
-        if changed:
+        if changed := [key for key in changed if what == "data" or key.split(".")[0] not in _MAY_CHANGE]:
             shown = "; ".join(f"{key}: {before.get(key)} → {after.get(key)}" for key in changed[:4])
             raise RunError(
-                f"{self.folder} cannot be resumed: the {what} is not the one that it began with ({shown}"
-                f"{f'; and {len(changed) - 4} more' if len(changed) > 4 else ''}). Restore it, or start a new run."
+                f"{self.folder} cannot be resumed: the {what} is not the one that it began with ({shown}; "
+                f"{len(changed)} in all). Restore it, or start a new run."
             )
 
 

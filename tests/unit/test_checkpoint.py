@@ -130,7 +130,7 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     for broken, words in (
         (original[:-1] + bytes([original[-1] ^ 1]), "weights.safetensors is damaged"),
         (original[:-3], "is damaged"),
-        (None, "weights.safetensors is missing"),
+        (None, "weights.safetensors is damaged: .* it is now missing"),
     ):
         weights.unlink() if broken is None else weights.write_bytes(broken)
         with pytest.raises(RunError, match=words) as caught:
@@ -138,7 +138,7 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
         assert f"Delete {folder} to resume from the checkpoint before it" in str(caught.value)
     (folder / "complete.json").unlink()
     assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 5)
-    with pytest.raises(RunError, match="no complete checkpoint"):
+    with pytest.raises(RunError, match=r"complete\.json cannot be read"):
         load_checkpoint(folder)
 
 
@@ -218,9 +218,9 @@ def test_optimizer_state_of_another_stage_is_refused() -> None:
     train(model, optimizer, range(1))
     flat = optimizer_state(optimizer, names)
     fewer: dict[str, Any] = {name: p for name, p in names.items() if not name.startswith("mix")}
-    with pytest.raises(RunError, match=r"unknown mix\.bias, mix\.weight \(0 and 2 parameters\)"):
+    with pytest.raises(RunError, match=r"0 parameters are missing \(\), 2 unknown \(mix\.bias, mix\.weight\)"):
         load_optimizer_state(optimizer, fewer, flat)
-    with pytest.raises(RunError, match=r"missing embed\.weight;"):
+    with pytest.raises(RunError, match=r"missing \(embed\.weight\), 0 unknown"):
         load_optimizer_state(optimizer, names, {k: t for k, t in flat.items() if not k.endswith("embed.weight")})
     with pytest.raises(RunError, match=r"exp_avg of mix\.weight has shape \(2, 6\), needed \(6, 6\)"):
         load_optimizer_state(optimizer, names, flat | {"exp_avg/mix.weight": torch.zeros(2, 6)})
