@@ -32,11 +32,11 @@ IMAGE_TOKENS, IMAGE_SIZE, PATCH = 576, 336, 14
 BATCHES = 4
 """Different batches that a run goes through; their lengths are drawn anew for each."""
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "512x8": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
               "intermediate_size": 2048},
     "qwen2-0.5b": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-                   "intermediate_size": 4864},
+                   "intermediate_size": 4864, "tie_word_embeddings": True},
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
              "intermediate_size": 128},
 }  # fmt: skip
@@ -86,8 +86,9 @@ def make_weights(case: dict[str, Any], folder: str) -> None:
     torch.manual_seed(case["seed"])
     encoder = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=1,
                                image_size=IMAGE_SIZE, patch_size=PATCH)  # fmt: skip
-    llm = Qwen2Config(vocab_size=case["vocab"], tie_word_embeddings=False, **SHAPES[case["shape"]])
-    config = LlavaConfig(vision_config=encoder, text_config=llm, image_token_index=case["vocab"] - 1)
+    llm = Qwen2Config(**{"vocab_size": case["vocab"], "tie_word_embeddings": False, **SHAPES[case["shape"]]})
+    config = LlavaConfig(vision_config=encoder, text_config=llm, image_token_index=case["vocab"] - 1,
+                         tie_word_embeddings=llm.tie_word_embeddings)  # fmt: skip
     LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 

@@ -165,3 +165,19 @@ def test_nan_reaches_the_loss() -> None:
 def test_greedy_tokens(chunked: None) -> None:
     states, weight, bias, _ = inputs()
     torch.testing.assert_close(greedy_tokens(states, weight, bias), (states @ weight.T + bias).argmax(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_cuda_equals_double_precision(chunked: None, autocast: bool) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    states, weight, bias, targets = inputs(torch.float32)
+    exact = [leaf.detach().double().requires_grad_() for leaf in (states, weight, bias)]
+    expected = reference(*exact, targets).sum()
+    leaves = [leaf.detach().cuda().requires_grad_() for leaf in (states, weight, bias)]
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        total, _ = linear_cross_entropy(*leaves, targets.cuda())
+    assert total.item() == pytest.approx(expected.item(), rel=1e-2 if autocast else 1e-5)
+    for mine, stock in zip(torch.autograd.grad(total, leaves), torch.autograd.grad(expected, exact), strict=True):
+        assert float((mine.cpu().double() - stock).norm() / stock.norm()) < (0.03 if autocast else 1e-4)
