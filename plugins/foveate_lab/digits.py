@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import Field
 
 from foveate import Conversation, ConversationDataset, ImageRef, Turn
-from foveate_lab.questions import HELD_OUT_KINDS, Kind, Question, ask, caption, chance
+from foveate_lab.questions import CLAUSES, HELD_OUT_KINDS, Clause, Kind, Question, ask, caption, chance
 from foveate_lab.scenes import Scene, SceneOptions, Split, draw, make_scene, stream
 
 _REDRAWS = 8
@@ -22,7 +22,7 @@ class DigitsDataset(ConversationDataset):
 
     ``captions``: the picture, then its dense caption. ``questions``: the picture with the first question, then as many
     turns as there are questions. ``meta`` holds the ``kinds`` that were asked; where there is one question, its
-    ``kind``, ``answer`` and ``chance`` (the accuracy of a uniform guess) too.
+    ``kind``, ``answer`` (its last words, which were asked for) and ``chance`` (the accuracy of a uniform guess) too.
     """
 
     class Options(SceneOptions, ConversationDataset.Options):
@@ -30,6 +30,10 @@ class DigitsDataset(ConversationDataset):
         task: Literal["captions", "questions"] = Field("captions", description="What is said about a scene.")
         size: int = Field(1000, ge=1, description="Number of scenes, and of samples.")
         seed: int = Field(0, ge=0, description="Other seeds give other scenes and questions.")
+        clauses: tuple[Clause, ...] = Field(
+            CLAUSES, min_length=1, description="What a caption tells, in a random order: the digit and the colour of "
+            "every filled cell, which of the ten digits are present, the count of every colour."
+        )  # fmt: skip
         questions: int = Field(1, ge=1, description="Questions per scene, all in one conversation.")
         kinds: tuple[Kind, ...] = Field(
             HELD_OUT_KINDS, min_length=1, description="Kinds of questions, asked in turn over the data set; one that "
@@ -53,7 +57,7 @@ class DigitsDataset(ConversationDataset):
         name = f"digits-{options.split}-{options.seed}-{options.task}-{index}"
         images = (ImageRef(partial(picture, scene)),)
         if options.task == "captions":
-            turns = (Turn("user", "<image>"), Turn("assistant", caption(scene, rng)))
+            turns = (Turn("user", "<image>"), Turn("assistant", caption(scene, rng, options.clauses)))
             return Conversation(name, turns, images)
         asked = self._questions(scene, index, rng)
         turns = tuple(
@@ -66,7 +70,7 @@ class DigitsDataset(ConversationDataset):
         )
         meta: dict[str, Any] = {"kinds": [question.kind for question in asked]}
         if len(asked) == 1:
-            meta |= {"kind": asked[0].kind, "answer": asked[0].answer, "chance": chance(asked[0].kind, options)}
+            meta |= {"kind": asked[0].kind, "answer": asked[0].value, "chance": chance(asked[0].kind, options)}
         return Conversation(name, turns, images, meta)
 
     def fingerprint(self) -> str:

@@ -19,28 +19,38 @@ HELD_OUT_KINDS: tuple[Kind, ...] = ("presence", "identity", "colour", "count", "
 """The kinds that are evaluated. ``where`` is for training: it teaches to look a digit up."""
 
 
+Clause = Literal["digit", "colour", "present", "count"]
+CLAUSES: tuple[Clause, ...] = get_args(Clause)
+"""The parts of a caption: every filled cell's digit, its colour, which digits are there, how many of each colour."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question about a scene and its only right answer."""
+    """One question about a scene. The right ``answer`` restates what is asked about and ends in ``value``."""
 
     kind: Kind
     text: str
-    answer: str
+    restated: str
+    value: str
+
+    @property
+    def answer(self) -> str:
+        """The answer as a caption would word it: ``Digit north 7``."""
+        return f"{self.restated} {self.value}"
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """The colour of every filled cell, and the digit of every one; both lists, and the cells in each, in random order.
+def caption(scene: Scene, rng: np.random.Generator, clauses: Sequence[Clause] = CLAUSES) -> str:
+    """``Digit north 7 east 3. Colour …. Present 0 no 7 yes …. Count red 2 …``, clauses and entries in random order.
 
-    The place comes first because it tells where to look; what follows it is read from there and nowhere else.
+    Every entry names what to look for and then what is found. What is found can be told from the word before it and
+    the picture alone, which is what makes a small model learn to look; answers to questions are worded alike.
     """
-    clauses = []
-    for clause in rng.permutation(2).tolist():
-        words = ["Colours" if clause else "Digits"]
-        for number in rng.permutation(len(scene.cells)).tolist():
-            cell = scene.cells[number]
-            words += [cell.place, cell.colour if clause else str(cell.digit)]
-        clauses.append(" ".join(words) + ".")
-    return " ".join(clauses)
+    parts = []
+    for number in rng.permutation(len(clauses)).tolist():
+        entries = _entries(scene, clauses[number])
+        words = [f"{entries[entry][0]} {entries[entry][1]}" for entry in rng.permutation(len(entries)).tolist()]
+        parts.append(f"{clauses[number].capitalize()} {' '.join(words)}.")
+    return " ".join(parts)
 
 
 def ask(scene: Scene, kind: Kind, rng: np.random.Generator) -> Question:
@@ -53,21 +63,22 @@ def ask(scene: Scene, kind: Kind, rng: np.random.Generator) -> Question:
     if kind == "count":
         colour = _pick(scene.options.colours, rng)
         count = sum(cell.colour == colour for cell in scene.cells)
-        return Question("count", f"How many are {colour}?", str(count))
+        return Question("count", f"How many are {colour}?", f"Count {colour}", str(count))
     if kind == "comparison":
-        first, second = _unequal_pair(scene.cells, rng)
-        answer = "yes" if first.digit > second.digit else "no"
-        return Question("comparison", f"Is {first.place} larger than {second.place}?", answer)
+        one, two = _unequal_pair(scene.cells, rng)
+        text = f"Is {one.place} larger than {two.place}?"
+        restated = f"Larger {one.place} {one.digit} {two.place} {two.digit}"
+        return Question("comparison", text, restated, "yes" if one.digit > two.digit else "no")
     if kind == "where":
         counts = Counter(cell.digit for cell in scene.cells)
         once = [digit for digit, count in counts.items() if count == 1]
         digit = _pick(once or list(counts), rng)
         places = " and ".join(cell.place for cell in scene.cells if cell.digit == digit)
-        return Question("where", f"Where is the {digit}?", places)
+        return Question("where", f"Where is the {digit}?", f"Place {digit}", places)
     cell = _pick(scene.cells, rng)
     if kind == "identity":
-        return Question("identity", f"Which digit is {cell.place}?", str(cell.digit))
-    return Question("colour", f"What colour is {cell.place}?", cell.colour)
+        return Question("identity", f"Which digit is {cell.place}?", f"Digit {cell.place}", str(cell.digit))
+    return Question("colour", f"What colour is {cell.place}?", f"Colour {cell.place}", cell.colour)
 
 
 def chance(kind: Kind, options: SceneOptions) -> float:
@@ -89,12 +100,25 @@ def majority(answers: Iterable[str]) -> tuple[str, float]:
     return answer, count / counts.total()
 
 
+def _entries(scene: Scene, clause: Clause) -> list[tuple[str, str]]:
+    """What a clause tells: pairs of what is looked for and what is found."""
+    if clause == "digit":
+        return [(cell.place, str(cell.digit)) for cell in scene.cells]
+    if clause == "colour":
+        return [(cell.place, cell.colour) for cell in scene.cells]
+    if clause == "present":
+        present = {cell.digit for cell in scene.cells}
+        return [(str(digit), "yes" if digit in present else "no") for digit in range(10)]
+    counts = Counter(cell.colour for cell in scene.cells)
+    return [(colour, str(counts[colour])) for colour in scene.options.colours]
+
+
 def _presence(scene: Scene, rng: np.random.Generator) -> Question:
     present = sorted({cell.digit for cell in scene.cells})
     absent = [digit for digit in range(10) if digit not in present]
     yes = bool(rng.random() < 0.5) or not absent
     digit = _pick(present if yes else absent, rng)
-    return Question("presence", f"Is there any {digit}?", "yes" if yes else "no")
+    return Question("presence", f"Is there any {digit}?", f"Present {digit}", "yes" if yes else "no")
 
 
 def _unequal_pair(cells: tuple[Cell, ...], rng: np.random.Generator) -> tuple[Cell, Cell]:

@@ -47,6 +47,11 @@ def test_captions() -> None:
     assert len({data[index].id for index in range(20)}) == 20
 
 
+def test_clauses_choose_what_captions_tell() -> None:
+    text = dataset(clauses=("present", "digit"))[0].turns[1].text
+    assert sorted(part.split()[0] for part in text.split(". ")) == ["Digit", "Present"]
+
+
 def test_questions_share_one_picture_in_one_conversation() -> None:
     conversation = dataset(task="questions", questions=8, kinds=KINDS)[3]
     assert len(conversation.turns) == 16 and len(conversation.images) == 1
@@ -69,7 +74,7 @@ def test_held_out_questions_carry_what_a_report_needs() -> None:
     held_out = dataset(split="test", task="questions", size=1000)
     for index in range(10):
         conversation = held_out[index]
-        assert conversation.meta["answer"] == conversation.turns[1].text
+        assert conversation.turns[1].text.endswith(f" {conversation.meta['answer']}")
         assert conversation.meta["kinds"] == [conversation.meta["kind"]]
     counts = [row.meta["answer"] for row in (held_out[index] for index in range(1000)) if row.meta["kind"] == "count"]
     assert majority(counts)[1] < 0.45
@@ -115,6 +120,8 @@ def test_the_fingerprint_follows_the_content() -> None:
     base = dataset(task="questions").fingerprint()
     assert base == dataset(task="questions").fingerprint()
     changed = [{"seed": 1}, {"size": 999}, {"density": 0.5}, {"split": "test"}, {"questions": 2}, {"kinds": ("count",)}]
+    captions = {dataset().fingerprint(), dataset(clauses=("digit",)).fingerprint()}
+    assert len(captions) == 2
     assert len({base, *(dataset(**{"task": "questions", **options}).fingerprint() for options in changed)}) == 7
 
 
