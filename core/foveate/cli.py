@@ -126,10 +126,12 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False)
     from foveate.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    from foveate.model.build import blueprint
     from foveate.plan import make_plan, render
     from foveate.progress import Display
+    from foveate.session import DataRoom
 
-    made = make_plan(loaded)
+    made = make_plan(loaded, DataRoom(loaded, blueprint(loaded.model)))
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=2))
     else:
@@ -260,19 +262,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fail("stopped by Ctrl-C", 130, debug)
         raise
     except Exception as error:
-        text = " ".join(str(error).split())
-        _fail(
-            f"{type(error).__name__}: {text[:2000]}. This was not foreseen: run again with --debug for the traceback, "
-            "and report it if foveate is to blame.",
-            1,
-            debug,
-        )
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"
+        advice = "This was not foreseen: run again with --debug for the traceback; report it if foveate is to blame."
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without torch
+            advice = "Lower hardware.tokens_per_microbatch or set hardware.gradient_checkpointing; no gradient changes."
+        _fail(f"{text}. {advice}", 1, debug)
 
 
 def _fail(message: str, status: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    if status != 130:
+        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(message, err=True)
     sys.exit(status)
 

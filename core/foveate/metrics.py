@@ -58,7 +58,7 @@ class Metric(ABC):
 
     @abstractmethod
     def update(self, answers: Sequence[Answer]) -> None:
-        """Takes answers in; each sample of the held-out data comes once, in their order."""
+        """Takes answers in; each sample of the held-out data comes once."""
 
     @abstractmethod
     def summary(self) -> Evaluation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -17,11 +17,13 @@ from foveate.data.sample import SampleRules, build_sample
 from foveate.data.steps import StageData
 from foveate.errors import ModelError, RecipeError
 from foveate.explain import did_you_mean
-from foveate.model.build import Blueprint, blueprint, build_lmm
+from foveate.model.build import Blueprint, build_lmm
 from foveate.optim import part_parameters
 from foveate.progress import Display
 from foveate.recipe import PARTS, Precision, Recipe, Stage
-from foveate.session import DataRoom
+
+if TYPE_CHECKING:
+    from foveate.session import DataRoom
 
 _PROBE = 256
 """Samples of a stage that are tokenized to estimate its tokens."""
@@ -69,14 +71,13 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(recipe: Recipe, room: DataRoom | None = None) -> Plan:
-    """The plan of a recipe. The model is built without memory for weights; some samples are tokenized.
+def make_plan(recipe: Recipe, room: DataRoom) -> Plan:
+    """The plan of a recipe with its data `room`. The model takes no memory for weights; some samples are tokenized.
 
-    `room`: the recipe's data, where they are open already. Raises what training would begin with: trackers that are not
-    installed, rules that select nothing, parts that do not fit together, a template without a generation mask.
+    Raises what would else stop the training, at its start or hours later: trackers that are not installed, rules that
+    select nothing, parts that do not fit together, a template without a generation mask.
     """
     check_trackers(recipe.trackers)
-    room = room or DataRoom(recipe, blueprint(recipe.model))
     warnings = [f"no stock Llava, so an export brings its own modelling file: {why}" for why in not_stock(room.plan)]
     try:
         vocabulary: int | None = len(room.tokenizer)

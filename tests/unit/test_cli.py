@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig, Qwen2ForCausalLM, SiglipVisionModel
 
 import foveate.cli
@@ -85,9 +86,18 @@ def test_what_nobody_foresaw_is_one_paragraph_and_a_traceback_only_with_debug(
     assert status == 1 and "Traceback" in err and "_ = 1 / 0" in err
 
 
+def test_out_of_memory_says_which_knob_to_turn(foveate_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy() -> None:
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    with_command(monkeypatch, "eat", greedy)
+    status, _, err = foveate_command("eat")
+    assert status == 1 and "9 GiB" in err and "tokens_per_microbatch" in err and "not foreseen" not in err
+
+
 def test_ctrl_c_is_one_line_and_130(foveate_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     with_command(monkeypatch, "wait", lambda: signal.raise_signal(signal.SIGINT))
-    assert foveate_command("wait") == (130, "", "error: stopped by Ctrl-C\n")
+    assert foveate_command("wait") == (130, "", "stopped by Ctrl-C\n")
 
 
 def with_command(monkeypatch: pytest.MonkeyPatch, name: str, target: Any, owner: str = "third-party (x)") -> Plugins:
@@ -194,6 +204,18 @@ def test_plan_says_what_cannot_be_a_stock_llava(foveate_command: Command, corpus
     status, out, _ = foveate_command("plan", write_recipe(tmp_path, content))
     assert status == 0 and "4 visual tokens" in out
     assert "no stock Llava" in out and "pixel_shuffle_mlp" in out and "normalized" in out
+
+
+def test_plan_needs_neither_tokenizer_nor_weights(foveate_command: Command, corpus: Path, tmp_path: Path) -> None:
+    content = recipe_dict(corpus)
+    fields = {**LLM["config"], "vocab_size": 1000, "tie_word_embeddings": False}  # type: ignore[dict-item]
+    content["model"] = {**content["model"], "llm": {"config": fields, "tokenizer": str(tmp_path / "elsewhere")}}
+    status, out, _ = foveate_command("plan", write_recipe(tmp_path, content), "--json")
+    plan = json.loads(out)
+    assert status == 0 and plan["stages"][0]["tokens_per_step"] is None and plan["stages"][0]["steps"] == 4
+    assert any(warning.startswith("tokens are not estimated: ") for warning in plan["warnings"])
+    size = sum(p.numel() for p in stock(Qwen2ForCausalLM, {"config": fields}).parameters())
+    assert {row["part"]: row["parameters"] for row in plan["stages"][0]["parts"]}["llm"] == size
 
 
 @pytest.mark.parametrize(
