@@ -1,7 +1,5 @@
 """Checking a corpus: every defect in one pass, before anything is trained."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +27,7 @@ class Defect:
 
 @dataclass
 class Report:
-    """A corpus: how many samples, every defect, and what was measured on what is sound.
-
-    `measures`: `tokens` and `supervised` (tokens) of each sample, `width` and `height` of each picture.
-    """
+    """Samples, defects, and `measures`: `tokens` and `supervised` ones of samples, `width` and `height` of pictures."""
 
     samples: int = 0
     defects: list[Defect] = field(default_factory=list)
@@ -55,8 +50,7 @@ class _Inspections(Dataset[tuple[list[Defect], list[tuple[str, int]]]]):
     """Defects and measures of one sample each, of at most `limit` samples of a source, spread over all of it."""
 
     def __init__(self, sources: Sequence[Source], rules: SampleRules, limit: int | None):
-        sizes = [(source, len(source.dataset)) for source in sources]
-        self.rules = rules
+        sizes, self.rules = [(source, len(source.dataset)) for source in sources], rules
         self.picked = [(s, k * n // m) for s, n in sizes for m in [min(n, limit or n)] for k in range(m)]
 
     def __len__(self) -> int:
@@ -85,10 +79,7 @@ def check(
     sources: Sequence[Source], rules: SampleRules, workers: int = 0,
     progress: Callable[[int], Any] = lambda samples: None, limit: int | None = None,
 ) -> Report:  # fmt: skip
-    """Read samples and open their pictures, all of each source or `limit` spread over it; `progress(samples done)`.
-
-    Never raises for a defective sample: the report names all of them.
-    """
+    """Read all samples, or `limit` spread over each source, and open their pictures; `progress` hears how many."""
     report = Report()
     inspections = _Inspections(sources, rules, limit)
     for part in DataLoader(inspections, batch_size=256, collate_fn=list, num_workers=workers):

@@ -1,7 +1,5 @@
 """Where conversations come from: the base of every data set, and the error that names a defective sample."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Literal

@@ -1,7 +1,5 @@
 """Conversations from the `datasets` library: parquet and Arrow files, saved folders, or the Hugging Face hub."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +13,8 @@ from foveate.options import ExistingPath, recipe_folder
 from foveate.types import IMAGE_PLACEHOLDER, Conversation
 
 Column = Literal["id", "conversations", "images", "target_images", "question", "answer"]
-COLUMNS = """Which column holds what: `conversations` (lists of turns, {from, value} or {role, content}), or an `answer`
-and perhaps a `question`, before which the images are put; `images` and `target_images` (one or a list: image features,
-bytes, or paths in the folder `images`); `id`."""
+COLUMNS = """Which column holds what: `conversations`, or `answer` and perhaps `question` (images are put before it);
+`images` and `target_images` (one or a list: image features, bytes, or paths inside the folder `images`); `id`."""
 
 
 class HubDataset(ConversationDataset):
@@ -92,8 +89,7 @@ def _open(options: HubDataset.Options) -> Any:
     except Exception as error:  # the library raises anything from KeyError to its own classes
         raise DataError(f"the data set {options.path} cannot be opened ({type(error).__name__}: {error})") from error
     if missing := set(options.columns.values()) - set(table.column_names):
-        has = ", ".join(table.column_names)
-        raise DataError(f"{options.path} has no column {', '.join(sorted(missing))}; it has {has}")
+        raise DataError(f"{options.path} lacks columns {sorted(missing)}; it has {table.column_names}")
     for name in {name for key, name in options.columns.items() if key.endswith("images")}:
         table = table.cast_column(name, undecoded(table.features[name]))  # pictures are opened by foveate, when needed
     return table

@@ -1,10 +1,8 @@
 """Pictures: opening them safely, and making the encoder's pixels with the processor that an export contains.
 
-The back end is torchvision's, transformers' own default wherever torchvision is installed: the PIL back end differs by
-a grey level when it resizes, so training and a loaded export must use the same one.
+The back end is torchvision's, which transformers prefers: when resizing, the PIL back end differs by a grey level, so
+training and a loaded export must use the same one.
 """
-
-from __future__ import annotations
 
 import io
 from functools import lru_cache
@@ -21,8 +19,7 @@ from foveate.data.dataset import SampleError
 from foveate.errors import ModelError
 from foveate.types import EncoderSpec, Geometry, ImageRef
 
-MAX_PIXELS = 100_000_000
-"""A picture with more is refused before it is decoded (a decompression bomb, or a scan to shrink first)."""
+MAX_PIXELS = 100_000_000  # with more a picture is refused before it is decoded: a bomb, or a scan to shrink first
 
 
 @lru_cache(maxsize=16)
@@ -39,9 +36,8 @@ def make_image_processor(spec: EncoderSpec, geometry: Geometry) -> Any:
     square = {"height": spec.image_size, "width": spec.image_size}
     size = {"shortest_edge": spec.image_size} if geometry == "crop" else square
     return found(
-        do_pad=geometry == "pad", do_resize=True, size=size, resample=Image.Resampling(spec.resample),
-        do_center_crop=geometry == "crop", crop_size=square,
-        do_normalize=True, image_mean=list(spec.mean), image_std=list(spec.std),
+        do_pad=geometry == "pad", do_resize=True, size=size, resample=Image.Resampling(spec.resample), crop_size=square,
+        do_center_crop=geometry == "crop", do_normalize=True, image_mean=list(spec.mean), image_std=list(spec.std),
     )  # fmt: skip
 
 
@@ -57,9 +53,8 @@ def to_pixels(image: Image.Image, spec: EncoderSpec, geometry: Geometry) -> Tens
 
 def content_box(size: tuple[int, int], geometry: Geometry) -> tuple[float, float, float, float]:
     """The box (left, top, right, bottom) of the square that is not padding, as fractions; `size` is (width, height)."""
-    (width, height), side = size, max(size)
-    left, top = (side - width) // 2, (side - height) // 2
-    box = (left / side, top / side, (left + width) / side, (top + height) / side)
+    side, left, top = max(size), (max(size) - size[0]) // 2, (max(size) - size[1]) // 2
+    box = (left / side, top / side, (left + size[0]) / side, (top + size[1]) / side)
     return box if geometry == "pad" else (0.0, 0.0, 1.0, 1.0)
 
 

@@ -1,7 +1,5 @@
 """LLaVA conversation files: one JSON array, or one JSON object a line. Rows are parsed when they are asked for."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -34,7 +32,6 @@ class LlavaDataset(ConversationDataset):
 
     def __init__(self, options: Options):
         super().__init__(options)
-        self.folder = options.images or options.path.parent
         self._spans = row_spans(options.path)
 
     def __len__(self) -> int:
@@ -45,7 +42,7 @@ class LlavaDataset(ConversationDataset):
         with open(path, "rb") as file:
             file.seek(start)
             row = json.loads(file.read(stop - start))
-        picture = partial(picture_inside, self.folder)
+        picture = partial(picture_inside, self.options.images or path.parent)
         return conversation(row, f"{path.name} row {index}", f"{path.stem}-{index}", picture)
 
     def fingerprint(self) -> str:
@@ -67,8 +64,8 @@ def picture_inside(folder: Path | None, name: Any) -> Path:
 def conversation(row: Any, where: str, default_id: str, picture: Callable[[Any], Any]) -> Conversation:
     """A row's `Conversation`; `picture` turns an entry of its image list into an `ImageRef`'s source.
 
-    Keys: `id`, `image` or `images` (one or a list), `roles` (parallel to it) or `target_images`, `conversations` or
-    `messages`, `meta`; others are ignored. Raises `SampleError` of kind "row".
+    Keys: `id`, `image` or `images`, `roles` (parallel to it), `target_images`, `conversations` or `messages`, `meta`;
+    others are ignored. Raises `SampleError` of kind "row".
     """
     try:
         if not isinstance(row, Mapping):
@@ -109,10 +106,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def row_spans(path: Path) -> np.ndarray:
-    """Byte ranges `[rows, 2]` of the rows of an array, or of objects that follow each other; no row stays in memory.
-
-    Raises `DataError` with the place where the file is not valid JSON.
-    """
+    """Byte ranges `[rows, 2]` of an array's rows, or of lines. Raises `DataError` with the place that is not JSON."""
     spans, decode = list[tuple[int, int]](), json.JSONDecoder().raw_decode
     try:
         text = path.read_bytes().decode()

@@ -1,7 +1,5 @@
 """Mixing sources: which sample stands at a position of an epoch, as a pure function of (seed, epoch, position)."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,10 +25,10 @@ class Source:
 
 
 class Mixture:
-    """The samples of an epoch in their order. A source of weight 2.5 appears two and a half times an epoch.
+    """The samples of an epoch in their order; without `shuffle`, the sources' own, one after the other.
 
-    `max_samples` is drawn once, the same samples in every epoch; the fraction of a weight is drawn anew in each,
-    without replacement. Without `shuffle` the sources follow each other in their own order.
+    A source of weight 2.5 appears two and a half times an epoch: the half is drawn anew in each, without replacement,
+    `max_samples` once for all epochs.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int = 0, shuffle: bool = True):

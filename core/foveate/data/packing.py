@@ -1,7 +1,5 @@
 """Packing samples end to end into one row, and dealing a step's samples to ranks and micro-batches."""
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from foveate.types import IGNORE_INDEX, Batch, ImageRecord, Sample
 
 
 def pack(samples: Sequence[Sample]) -> Batch:
-    """One row of whole samples, longest first, so that equal lengths stand side by side (they share a kernel call).
+    """One row of whole samples, longest first, so that equal lengths, which share a kernel call, stand side by side.
 
     Labels move by one here: a position's target is its *next* token, and never a token of the next sample.
     """
@@ -47,9 +45,10 @@ def pack(samples: Sequence[Sample]) -> Batch:
 
 def dummy_batch(rules: SampleRules) -> Batch:
     """One grey image and nothing supervised: what a rank computes, and counts as zero, when it has no sample left."""
-    side, ids = rules.encoder.image_size, torch.full((math.prod(rules.visual_grid),), rules.image_token_id)
-    labels, record = torch.full_like(ids, IGNORE_INDEX), ImageRecord("dummy", 0, "input", rules.visual_grid, 0)
-    return replace(pack([Sample("dummy", ids, labels, [record], pixels=[torch.zeros(3, side, side)])]), dummy=True)
+    ids, side = torch.full((math.prod(rules.visual_grid),), rules.image_token_id), rules.encoder.image_size
+    record = ImageRecord("dummy", 0, "input", rules.visual_grid, 0)
+    sample = Sample("dummy", ids, torch.full_like(ids, IGNORE_INDEX), [record], pixels=[torch.zeros(3, side, side)])
+    return replace(pack([sample]), dummy=True)
 
 
 def deal(lengths: Sequence[int], world: int, budget: int) -> list[list[list[int]]]:

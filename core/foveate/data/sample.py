@@ -1,13 +1,12 @@
 """From a conversation to a sample: tokens, labels and image records first, pictures only when they are needed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from foveate.data.dataset import SampleError
@@ -21,8 +20,7 @@ from foveate.types import IGNORE_INDEX, IMAGE_PLACEHOLDER, Conversation, Encoder
 class SampleRules:
     """All that turns conversations into samples: what the model is made of, as numbers, not as modules.
 
-    `visual_grid` is the grid of visual tokens of one image. A sample longer than `max_length` tokens is an error, is
-    left out, or is cut after an earlier answer.
+    `visual_grid`: of one image. A sample longer than `max_length` is an error, dropped, or cut after an earlier answer.
     """
 
     tokenizer: Any
@@ -35,7 +33,7 @@ class SampleRules:
 
     @cached_property
     def image_token_id(self) -> int:
-        """The id of `<image>`, N of which stand for an image in `input_ids`."""
+        """The id of `<image>`: as many stand for an image as it has visual tokens."""
         return int(self.tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER))
 
 
@@ -83,10 +81,9 @@ def load_pixels(sample: Sample, rules: SampleRules) -> Sample:
     Raises `SampleError` of kind "image" for a picture that is missing or cannot be read.
     """
     opened = [open_image(ref, f"sample '{sample.id}'") for ref in sample.refs]
-    pixels = [to_pixels(image, rules.encoder, rules.geometry) for image in opened]
     boxes = [content_box(image.size, rules.geometry) for image in opened]
     images = [replace(record, content=box) for record, box in zip(sample.images, boxes, strict=True)]
-    return replace(sample, pixels=pixels, images=images)
+    return replace(sample, images=images, pixels=[to_pixels(i, rules.encoder, rules.geometry) for i in opened])
 
 
 def _placeholders(conversation: Conversation) -> int:
@@ -107,21 +104,18 @@ def _tokenize(conversation: Conversation, rules: SampleRules) -> Sample:
             ids, supervised = encode(rules.template, rules.tokenizer, conversation.turns)
         except DataError as error:
             raise SampleError("row", where, str(error)) from None
-    input_ids, labels, starts = list[int](), list[int](), list[int]()
-    for token, learned in zip(ids, supervised, strict=True):
-        if token == image:
-            starts.append(len(input_ids))
-        repeats = math.prod(rules.visual_grid) if token == image else 1
-        input_ids += [token] * repeats
-        labels += [token if learned and token != image else IGNORE_INDEX] * repeats
+    labels = [token if learned else IGNORE_INDEX for token, learned in zip(ids, supervised, strict=True)]
+    visual = math.prod(rules.visual_grid)
+    starts = [at + n * (visual - 1) for n, at in enumerate(at for at, token in enumerate(ids) if token == image)]
+    for start in starts:
+        ids[start : start + 1] = [image] * visual
+        labels[start : start + 1] = [IGNORE_INDEX] * visual
     if len(starts) != shown:
         problem = f"has {shown} placeholders; template '{rules.template.name}' made {len(starts)} image tokens of them"
         raise SampleError("placeholders", where, problem)
-    sample = Sample(conversation.id, torch.tensor(input_ids), torch.tensor(labels), [], meta=conversation.meta)
-    left = iter(starts)
-    for index, ref in enumerate(conversation.images):
-        start = -1 if ref.role == "target" else next(left, None)
-        if start is not None:
-            sample.images.append(ImageRecord(conversation.id, index, ref.role, rules.visual_grid, start))
-            sample.refs += (ref,)
-    return sample
+    kept = [(index, ref) for index, ref in enumerate(conversation.images) if ref.role == "input"][:shown]
+    kept += [(index, ref) for index, ref in enumerate(conversation.images) if ref.role == "target"]
+    places = zip(kept, starts + [-1] * (len(kept) - shown), strict=True)
+    images = [ImageRecord(conversation.id, index, ref.role, rules.visual_grid, at) for (index, ref), at in places]
+    ids_L, labels_L = torch.from_numpy(np.array(ids)), torch.from_numpy(np.array(labels))  # faster than torch.tensor
+    return Sample(conversation.id, ids_L, labels_L, images, tuple(ref for _, ref in kept), meta=conversation.meta)

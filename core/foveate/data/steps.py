@@ -1,13 +1,11 @@
 """A stage's data: one item is one optimizer step, already dealt to this rank and packed into micro-batches."""
 
-from __future__ import annotations
-
 import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -19,16 +17,13 @@ from foveate.data.sample import SampleRules, build_sample, load_pixels
 from foveate.errors import DataError
 from foveate.types import Batch, Sample
 
-_RATE_WINDOW = 1000  # of fewer samples a rate says little
-
 
 @dataclass
 class StepBatches:
     """This rank's share of one optimizer step.
 
     `batches`: as many as on every other rank. `counts`: units of each part of the loss, here `text`, supervised tokens.
-    `skipped`: why places of the step stayed empty, each told by one rank only; `bad` of them are defects, the others
-    over-long samples that the recipe drops.
+    `skipped`: why places of the step stayed empty, each told by one rank; `bad` of them are defects, others too long.
     """
 
     batches: list[Batch] = field(default_factory=list)
@@ -39,7 +34,7 @@ class StepBatches:
     skipped: list[str] = field(default_factory=list)
     bad: int = 0
 
-    def pin_memory(self) -> StepBatches:
+    def pin_memory(self) -> Self:
         """The same in page-locked memory; torch's loader calls it."""
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
@@ -47,9 +42,9 @@ class StepBatches:
 class StageData(Dataset[StepBatches | DataError]):
     """Optimizer steps by number; `steps` loads them in workers.
 
-    Each step takes `batch_size` places of the mixture over all ranks (an epoch's last step may be short). All are
-    tokenized on every rank, which is how they agree who computes what; a rank opens only its own pictures. `budget`:
-    tokens of a micro-batch. With `on_bad="skip"` at most `max_bad_rate` of the samples may be defective.
+    A step takes `batch_size` places of the mixture over all ranks (an epoch's last may be short). Every rank tokenizes
+    all of them, so that all agree who computes what, and opens its own pictures. `budget`: tokens of a micro-batch.
+    With `on_bad="skip"` at most `max_bad_rate` of the samples may be defective.
     """
 
     def __init__(
@@ -60,42 +55,36 @@ class StageData(Dataset[StepBatches | DataError]):
     ):  # fmt: skip
         self.mixture, self.rules = Mixture(sources, seed, shuffle), rules
         self.batch_size, self.budget, self.rank, self.world = batch_size, budget, rank, world
-        self.on_bad, self.max_bad_rate, self.workers, self.prefetch = on_bad, max_bad_rate, workers, prefetch
+        self.on_bad, self.max_bad_rate = on_bad, max_bad_rate
         self.steps_per_epoch = math.ceil(len(self.mixture) / batch_size)
         by_epochs = math.ceil(self.steps_per_epoch * (1 if epochs is None else epochs))
         self.total_steps = max_steps if max_steps and (epochs is None or max_steps < by_epochs) else by_epochs
-        self._order: list[int] = []
-        self._loader: DataLoader[Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_loader": None}
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or forked workers warn about it
+        self._order = list[int]()
+        self._loader: DataLoader[Any] = DataLoader(  # of a copy: garbage in a circle would not end its workers in order
+            copy.copy(self), batch_size=None, sampler=self._order, num_workers=workers, persistent_workers=workers > 0,
+            prefetch_factor=prefetch if workers else None, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
 
     def steps(self, start: int = 0) -> Iterator[StepBatches]:
-        """The steps from `start` on, in order; nothing before is read. One iteration at a time.
-
-        Raises `DataError` for a defective sample, or when too many were skipped.
-        """
+        """The steps from `start` on; nothing before is read. One iteration at a time. Raises `DataError`."""
         self._order[:] = range(start, self.total_steps)
-        if self._loader is None:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or forked workers warn about it
-            self._loader = DataLoader(  # of a copy: in a circle with its loader, workers would not end in good order
-                copy.copy(self), batch_size=None, sampler=self._order, num_workers=self.workers,
-                prefetch_factor=self.prefetch if self.workers else None, persistent_workers=self.workers > 0,
-                pin_memory=torch.cuda.is_available(),
-            )  # fmt: skip
-        bad, reasons = 0, list[str]()
-        planned = self.total_steps * self.batch_size / self.world
+        bad, reasons, planned = 0, list[str](), self.total_steps * self.batch_size / self.world
+        error: DataError | None = None
         for number, item in enumerate(self._loader, 1):
             if isinstance(item, DataError):
-                raise item  # as it was raised, without the worker's traceback
+                error = item  # as it was raised, without the worker's traceback
+                break
             seen, bad = number * self.batch_size // self.world, bad + item.bad
             reasons += item.skipped[: 5 - len(reasons)]
-            if bad > self.max_bad_rate * min(planned, max(seen, _RATE_WINDOW)):
-                raise DataError(
-                    f"{bad} of the first {seen} samples were skipped as defective, more than max_bad_rate "
-                    f"{self.max_bad_rate:g} allows; `foveate data check` lists all. The first: " + "; ".join(reasons)
-                )
+            if bad > self.max_bad_rate * min(planned, max(seen, 1000)):  # a rate of fewer says little
+                why = f"max_bad_rate is {self.max_bad_rate:g}; `foveate data check` lists all: {'; '.join(reasons)}"
+                error = DataError(f"{bad} of the first {seen} samples were skipped as defective: {why}")
+                break
             yield item
+        if error is not None:
+            self._loader._iterator = None  # ends the workers now, not when the traceback is garbage
+            raise error
 
     def __getitem__(self, step: int) -> StepBatches | DataError:
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -112,7 +101,7 @@ class StageData(Dataset[StepBatches | DataError]):
                 result.samples += len(samples)
                 result.images += sum(len(sample.images) for sample in samples)
                 result.tokens += sum(sample.length for sample in samples)
-                result.counts["text"] += sum(sample.supervised for sample in samples)
+                result.counts["text"] += result.batches[-1].target_ids.numel()
         except DataError as error:
             return error
         return result

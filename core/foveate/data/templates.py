@@ -1,11 +1,8 @@
 """Chat templates: from turns to tokens, with the mask of what the model must learn to say.
 
-Text and mask come from the template itself, rendered by transformers with its `{% generation %}` spans, as
-`apply_chat_template(..., return_assistant_tokens_mask=True)` does; but control tokens that stand in the user's data
-stay text, and spans keep every token that they touch.
+Text and mask are those of `apply_chat_template(..., return_assistant_tokens_mask=True)`, rendered by the same function;
+but control tokens that stand in the user's data stay text, and a `{% generation %}` span keeps every token it touches.
 """
-
-from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
@@ -20,19 +17,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from foveate.errors import DataError
 from foveate.types import IMAGE_PLACEHOLDER, Turn
 
-SHIPPED = ("plain", "chatml", "qwen2", "vicuna", "llama2", "llama3")
-"""Templates that come with foveate, all of them generation-tagged. `chat` is the tokenizer's own."""
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+SHIPPED = ("plain", "chatml", "qwen2", "vicuna", "llama2", "llama3")  # `chat` is the tokenizer's own
 _GUARD = "\ufdd1"  # a Unicode noncharacter: never valid in exchanged text
 
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template checked against a tokenizer (`load_template`).
-
-    `special` matches the tokenizer's special tokens; `system` is said where a conversation has no system turn.
-    """
+    """A chat template, checked against the tokenizer whose special tokens are `special`; `system` is the default."""
 
     name: str
     source: str
@@ -48,8 +39,8 @@ def template_source(name: str) -> str:
 def load_template(name: str, tokenizer: Any, system: str | None = None) -> Template:
     """The template `name`, one of `SHIPPED` or `chat`, checked on a small conversation.
 
-    Raises `DataError` when the tokenizer has no template of its own, when a template does not mark the answers, when
-    the end of an answer would not be learned, or when the template has no place for `system`.
+    `system` is said where a conversation has no system turn. Raises `DataError` when the tokenizer has no template of
+    its own, or a template does not mark the answers, does not teach where they end, or has no place for `system`.
     """
 
     def refused(why: str) -> DataError:
@@ -62,10 +53,9 @@ def load_template(name: str, tokenizer: Any, system: str | None = None) -> Templ
     if name == "chat" and not tokenizer.chat_template:
         raise refused("is the tokenizer's own chat template, and it has none")
     source = tokenizer.get_chat_template() if name == "chat" else template_source(name)
-    if not _GENERATION.search(source):
+    if not re.search(r"\{%-?\s*generation\s*-?%\}", source):
         raise refused("has no {% generation %} tags, so nothing says which tokens are the answer")
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
+    tokenizer("", truncation=False, padding=False)  # forgets the truncation and padding of its file
     special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
     template = Template(name, source, re.compile("|".join(map(re.escape, special)) or "(?!)"), system)
     probe = (Turn("user", "a"), Turn("assistant", "b"))
@@ -91,9 +81,7 @@ def encode(template: Template, tokenizer: Any, turns: Sequence[Turn]) -> tuple[l
     except TemplateError as error:
         raise DataError(f"template '{template.name}' refuses the conversation: {error}") from None
     (text,), (spans,) = rendered
-    backend, at = tokenizer.backend_tokenizer, 0
-    ids: list[int] = []
-    offsets: list[tuple[int, int]] = []
+    backend, at, ids, offsets = tokenizer.backend_tokenizer, 0, list[int](), list[tuple[int, int]]()
     for number, piece in enumerate(text.split(_GUARD)):
         backend.encode_special_tokens = number % 2 == 1
         part = backend.encode(piece, add_special_tokens=False)

@@ -1,7 +1,5 @@
 """Tokenizers: trained on the run's own text, or loaded and given the image token."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +26,7 @@ class LoadedTokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `vocab_size` tokens with the `chatml` template; the same texts give the same one.
 
-    Any text survives a round trip. No BOS; `<|im_end|>` is EOS; `<image>` is the image token.
-    Raises `ModelError` when `vocab_size` cannot hold the 256 bytes and the special tokens.
+    Any text survives a round trip. No BOS; `<|im_end|>` is EOS. Raises `ModelError` when `vocab_size` is too small.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ("<pad>", "<|im_start|>", "<|im_end|>", IMAGE_PLACEHOLDER)

@@ -101,10 +101,8 @@ def make_rules(encoder: EncoderSpec, chatml_tokenizer: Any) -> Callable[..., Sam
 def talk() -> Callable[..., Conversation]:
     """`talk("question", "answer", …, images=[…], targets=[…], id=…)`."""
 
-    def make(*texts: str, images: Any = (), targets: Any = (), id: str = "a", system: str | None = None) -> Conversation:
+    def make(*texts: str, images: Any = (), targets: Any = (), id: str = "a") -> Conversation:
         turns = [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
-        if system is not None:
-            turns.insert(0, Turn("system", system))
         refs = [*(ImageRef(image) for image in images), *(ImageRef(image, "target") for image in targets)]
         return Conversation(id, tuple(turns), tuple(refs))
 

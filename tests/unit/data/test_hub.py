@@ -1,4 +1,4 @@
-"""Tables of the `datasets` library: parquet, Arrow, saved folders; turns, questions, captions; pictures left encoded."""
+"""Tables of the `datasets` library: every form of a file, turns, questions and captions, pictures left encoded."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def table(digits: list[Image.Image]) -> Any:
             [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "Two"}],
         ],
     }
-    features = {"key": datasets.Value("string"), "pictures": datasets.List(datasets.Image()), "goal": datasets.Image(),
-                "talk": datasets.List({"from": datasets.Value("string"), "value": datasets.Value("string")})}  # fmt: skip
+    text, image = datasets.Value("string"), datasets.Image()
+    turn = {"from": text, "value": text}
+    features = {"key": text, "pictures": datasets.List(image), "goal": image, "talk": datasets.List(turn)}
     return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
 
 
@@ -107,7 +108,7 @@ def test_columns_of_paths_stay_in_their_folder(tmp_path: Path, digits: list[Imag
 
 def test_errors_say_what_to_do(tmp_path: Path, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table.to_parquet(tmp_path / "t.parquet")
-    with pytest.raises(DataError, match="has no column text; it has key, pictures, goal, talk"):
+    with pytest.raises(DataError, match=r"lacks columns \['text'\]; it has \['key', 'pictures', 'goal', 'talk'\]"):
         load(tmp_path, path="t.parquet", columns={"answer": "text"})
     with pytest.raises(ValidationError, match="no such file or folder"):
         load(tmp_path, path="gone.parquet", columns={"answer": "text"})

@@ -19,6 +19,7 @@ from foveate.data.llava import LlavaDataset
 from foveate.errors import DataError
 
 Corpus = Callable[..., tuple[Path, Path]]
+ONE = [{"role": "human", "content": "<image>"}, {"role": "gpt", "content": "ok"}]
 QUESTION = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A temple."}]
 
 
@@ -35,7 +36,7 @@ def test_every_form_of_a_row(corpus: Corpus, name: str) -> None:
             {"id": 2, "images": ["temple.jpg", "flower.png"], "messages": two, "meta": {"kind": "flower"}},
             {"conversations": [{"from": "system", "value": "Be brief."}, *QUESTION[1:]], "model": "ignored"},
             {"id": "only", "image": ["flower.png"]},
-            {"id": "roles", "images": ["temple.jpg", "flower.png"], "roles": ["target", "input"], "messages": QUESTION_2},
+            {"id": "roles", "images": ["temple.jpg", "flower.png"], "roles": ["target", "input"], "messages": ONE},
             {"id": "targets", "image": "flower.png", "target_images": "temple.jpg", "conversations": QUESTION},
         ],
         name,
@@ -53,9 +54,6 @@ def test_every_form_of_a_row(corpus: Corpus, name: str) -> None:
     assert rows[3].turns == ()
     assert list(texts(data))[:4] == ["\nWhat?", "A temple.", "", "Ein Gänseblümchen 🌼"]
     assert pickle.loads(pickle.dumps(data))[1] == rows[1]
-
-
-QUESTION_2 = [{"role": "human", "content": "<image>"}, {"role": "gpt", "content": "ok"}]
 
 
 @settings(max_examples=80, deadline=None)
@@ -121,12 +119,12 @@ def test_a_malformed_row_is_named(corpus: Corpus, row: Any, why: str) -> None:
     assert caught.value.kind == "row" and str(caught.value).startswith("rows.json row 1")
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../secret.png", "link.png", "folder/secret.png"])
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../secret.png", "link.png", "up/secret.png"])
 def test_paths_never_leave_the_folder(corpus: Corpus, name: str, tmp_path: Path) -> None:
     path, images = corpus([{"id": "a", "image": name}])
     (tmp_path / "secret.png").write_bytes((images / "flower.png").read_bytes())
     (images / "link.png").symlink_to(tmp_path / "secret.png")
-    (images / "folder").symlink_to(tmp_path)
+    (images / "up").symlink_to(tmp_path)
     with pytest.raises(SampleError, match="leads out of"):
         load(path, images)[0]
 

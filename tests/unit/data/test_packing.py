@@ -32,11 +32,12 @@ def test_a_packed_row_says_what_its_samples_say(
     assert all(torch.equal(sample.labels, before) for sample, before in zip(samples, labels, strict=True))
     assert list(batch.lengths) == sorted((sample.length for sample in samples), reverse=True)
     by_id = {sample.id: sample for sample in samples}
-    targets, places, owners, visual, seen, at = [], [], [], [], 0, 0
+    targets, places, owners, visual, seen, at = [], [], [], list[int](), 0, 0
     for number, name in enumerate(batch.sample_ids):  # token by token, against the samples themselves
         sample: Sample = by_id[name]
         for offset in range(sample.length):
-            assert batch.input_ids[at + offset] == sample.input_ids[offset] and batch.position_ids[at + offset] == offset
+            assert batch.input_ids[at + offset] == sample.input_ids[offset]
+            assert batch.position_ids[at + offset] == offset
             if offset + 1 < sample.length and sample.labels[offset + 1] != IGNORE_INDEX:
                 places.append(at + offset)
                 targets.append(int(sample.labels[offset + 1]))

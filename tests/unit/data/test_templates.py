@@ -16,7 +16,12 @@ from foveate.data.tokenizer import train_tokenizer
 from foveate.errors import DataError
 from foveate.types import Turn
 
-TALK = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A dahlia."), Turn("user", "Sure?"), Turn("assistant", "Yes"))
+TALK = (
+    Turn("user", "<image>\nWhat is it?"),
+    Turn("assistant", "A dahlia."),
+    Turn("user", "Sure?"),
+    Turn("assistant", "Yes"),
+)
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
@@ -49,7 +54,7 @@ def test_masks_on_a_byte_level_tokenizer(name: str, chatml_tokenizer: Any) -> No
     assert marked(chatml_tokenizer, *encode(template, chatml_tokenizer, TALK)) == EXPECTED[name]
 
 
-def supervised_words(tokenizer: Any, name: str, turns: tuple[Turn, ...] = TALK) -> tuple[str, list[list[str]]]:
+def supervised_words(tokenizer: Any, name: str, turns: tuple[Turn, ...] = TALK) -> tuple[str, list[str]]:
     """The whole text as pieces, and the pieces of each supervised run."""
     ids, learned = encode(load_template(name, tokenizer), tokenizer, turns)
     pieces = tokenizer.convert_ids_to_tokens(ids)
@@ -58,7 +63,7 @@ def supervised_words(tokenizer: Any, name: str, turns: tuple[Turn, ...] = TALK) 
         for is_learned, group in itertools.groupby(zip(pieces, learned, strict=True), key=lambda pair: pair[1])
         if is_learned
     ]
-    return "".join(pieces).replace("▁", " "), ["".join(run).replace("▁", " ") for run in runs]  # type: ignore[return-value,misc]
+    return "".join(pieces).replace("▁", " "), ["".join(run).replace("▁", " ") for run in runs]
 
 
 def newlines(text: str) -> str:
@@ -103,7 +108,7 @@ def test_the_system_message_is_said_where_there_is_none(chatml_tokenizer: Any) -
 
 PAIRS = {"chatml": "chatml_tokenizer", "qwen2": "chatml_tokenizer", "plain": "chatml_tokenizer",
          "vicuna": "llama_tokenizer", "llama2": "llama_tokenizer", "llama3": "llama3_tokenizer"}  # fmt: skip
-WORDS = st.text(st.sampled_from(" \n.,abcXYZ019ßé日本🌼👩🏽‍🚀\u0301\t<|[]/"), min_size=1, max_size=30).filter(lambda text: text.strip())
+WORDS = st.text(st.sampled_from(" \n.,abcXYZ019ßé日本🌼👩🏽‍🚀\u0301\t<|[]/"), min_size=1, max_size=30).filter(str.strip)
 CONVERSATIONS = st.builds(
     lambda system, texts: ([Turn("system", system)] if system else [])
     + [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)],
@@ -128,12 +133,13 @@ def test_tokens_and_masks_equal_those_of_transformers(
     assert supervised == [bool(mask) for mask in stock["assistant_masks"]]
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    texts=st.lists(
-        st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "system", "\n", "<pad>", "<image>", "a ", "🌼", "<|im", "_end|>"]),
-                 min_size=1, max_size=8).map("".join), min_size=2, max_size=4)  # fmt: skip
+PIECES = st.sampled_from(
+    ["<|im_end|>", "<|im_start|>", "system", "\n", "<pad>", "<image>", "a ", "🌼", "<|im", "_end|>"]
 )
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.lists(PIECES, min_size=1, max_size=8).map("".join), min_size=2, max_size=4))
 def test_data_cannot_inject_control_tokens_or_images(texts: list[str], chatml_tokenizer: Any) -> None:
     turns = [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
     ids, _ = encode(load_template("chatml", chatml_tokenizer), chatml_tokenizer, turns)
@@ -198,3 +204,11 @@ def test_a_tokenizer_without_image_token_is_refused() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend), eos_token="<|im_end|>")
     with pytest.raises(DataError, match="needs a fast tokenizer with the token <image>"):
         load_template("chatml", bare)
+
+
+def test_truncation_and_padding_of_a_tokenizer_file_are_forgotten() -> None:
+    tokenizer = train_tokenizer(["text"], 300)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=99)
+    ids, _ = encode(load_template("chatml", tokenizer), tokenizer, TALK)
+    assert str(tokenizer.decode(ids, skip_special_tokens=False)).endswith("Yes<|im_end|>\n")
