@@ -82,7 +82,7 @@ def conversation(row: Any, where: str, default_id: str, picture: Callable[[Any],
         meta = row.get("meta") or {}
         if not isinstance(meta, Mapping):
             raise ValueError(f"'meta' must be an object, got {meta!r}")
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise SampleError("row", where, str(error)) from None
     return Conversation(str(default_id if row.get("id") is None else row["id"]), turns, refs, meta)
 

@@ -58,8 +58,7 @@ def deal(lengths: Sequence[int], world: int, budget: int) -> list[list[list[int]
     keeps all within `budget` tokens; a sample longer than that has one to itself. Some may be empty. Deterministic.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    # no fewer than the tokens need; with one sample a bin everything fits
-    rounds = max(1, min(-(-sum(lengths) // (world * budget)), -(-len(lengths) // world)))
+    rounds = max(1, -(-sum(min(length, budget) for length in lengths) // (world * budget)))
     while True:
         bins: list[list[int]] = [[] for _ in range(world * rounds)]
         heap = [(0, number) for number in range(len(bins))]

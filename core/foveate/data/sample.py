@@ -66,8 +66,8 @@ def build_sample(conversation: Conversation, rules: SampleRules) -> Sample:
         raise SampleError("unsupervised", where, f"has no supervised token in template '{rules.template.name}'")
     if sample.length <= rules.max_length:
         return sample
-    answers = [end for end, turn in enumerate(conversation.turns, 1) if turn.role == "assistant"]
-    for end in reversed(answers[:-1] if rules.on_long == "cut" else []):
+    ends = [end for end, turn in enumerate(conversation.turns[:-1], 1) if turn.role == "assistant"]
+    for end in reversed(ends if rules.on_long == "cut" else []):
         shorter = _tokenize(replace(conversation, turns=conversation.turns[:end]), rules)
         if shorter.length <= rules.max_length and shorter.supervised:
             return shorter

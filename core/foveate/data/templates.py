@@ -78,9 +78,10 @@ def encode(template: Template, tokenizer: Any, turns: Sequence[Turn]) -> tuple[l
     options = {"chat_template": template.source, "return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
     try:
         rendered: Any = render_jinja_template([messages], **options)
-    except TemplateError as error:
+        (text,), (spans,) = rendered
+        text.encode()  # no tokenizer takes a lone surrogate
+    except (TemplateError, UnicodeEncodeError) as error:
         raise DataError(f"template '{template.name}' refuses the conversation: {error}") from None
-    (text,), (spans,) = rendered
     backend, at, ids, offsets = tokenizer.backend_tokenizer, 0, list[int](), list[tuple[int, int]]()
     for number, piece in enumerate(text.split(_GUARD)):
         backend.encode_special_tokens = number % 2 == 1

@@ -46,8 +46,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def load_tokenizer(source: str | Path, revision: str | None = None) -> LoadedTokenizer:
     """The tokenizer of a folder or hub id, with the image token. Raises `ModelError` when it cannot be loaded."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+    except Exception as error:  # of a broken file, anything
         raise ModelError(f"no tokenizer could be loaded from {source}: {error}") from error
     return with_image_token(tokenizer)
 

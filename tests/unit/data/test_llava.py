@@ -109,6 +109,7 @@ def test_a_file_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
         ({"conversations": [{"from": "gpt", "role": "user", "value": "x"}]}, "both 'from' and 'role'"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "one of human, user, gpt, assistant, system"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "a turn needs 'from'"),
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "unhashable"),
         ({"meta": "x"}, "'meta' must be an object"),
     ],
 )

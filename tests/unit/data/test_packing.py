@@ -97,6 +97,10 @@ def test_dealing_covers_each_sample_once_within_the_budget(lengths: list[int], w
         assert len(ranks[0]) <= max(1, 2 * sum(lengths) / (world * budget) + 1)
 
 
+def test_a_giant_sample_does_not_scatter_the_others() -> None:
+    assert [[len(group) for group in groups] for groups in deal([10_000, *[10] * 20], 1, 100)] == [[1, 10, 10]]
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_dealing_is_balanced(world: int) -> None:
     lengths = [100 - number for number in range(64)]

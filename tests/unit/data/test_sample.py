@@ -157,6 +157,17 @@ def test_over_long_samples(talk: Talk, make_rules: MakeRules) -> None:
         build_sample(long, make_rules(max_length=lengths[1] - 1, on_long="cut"))
 
 
+def test_an_unanswered_last_question_is_cut_first(talk: Talk, make_rules: MakeRules) -> None:
+    part = build_sample(talk("one", "answer"), make_rules())
+    cut = build_sample(talk("one", "answer", "and then?"), make_rules(max_length=part.length, on_long="cut"))
+    assert torch.equal(cut.input_ids, part.input_ids)
+
+
+def test_text_that_no_tokenizer_takes_is_a_defect(talk: Talk, make_rules: MakeRules) -> None:
+    with pytest.raises(SampleError, match=r"sample 'a': .*surrogates not allowed"):
+        build_sample(talk("half a pair \ud83d", "x"), make_rules())
+
+
 def test_pixels_and_content_boxes(
     talk: Talk, make_rules: MakeRules, digits: list[Image.Image], photographs: list[Image.Image], tmp_path: Path
 ) -> None:

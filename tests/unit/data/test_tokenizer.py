@@ -54,3 +54,6 @@ def test_errors(tmp_path: Path) -> None:
         train_tokenizer(TEXTS, 100)
     with pytest.raises(ModelError, match="no tokenizer could be loaded"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="no tokenizer could be loaded"):
+        load_tokenizer(tmp_path)
