@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.corpus import write_corpus
 
 torch.set_num_threads(1)

@@ -108,12 +108,6 @@ def _slice(text: str) -> str:
     return text
 
 
-def _warmup(value: float) -> float:
-    if value >= 1 and value != int(value):
-        raise said(f"must be a fraction of the steps below 1 or a whole number of steps, not {value}")
-    return value
-
-
 def _not_empty(value: Any) -> Any:
     if value == []:
         raise said("must have at least one entry")
@@ -134,7 +128,7 @@ def _model_folder(name: str | None, info: ValidationInfo) -> str | None:
 
 Dtype = Literal["fp32", "bf16", "fp64"]
 Count = Annotated[int, Field(gt=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 Objectives = tuple[Annotated[str, _known("objectives", "the recipe has no objective")], ...]
 TemplateName = Annotated[str, _known("templates", "unknown template")]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
@@ -169,7 +163,7 @@ class LoraOptions(Section):
 
     r: Count = Field(16, description="Rank.")
     alpha: Count = Field(32, description="The update is scaled by `alpha / r`.")
-    dropout: Beta = Field(0.0, description="Dropout before the adapters.")
+    dropout: Fraction = Field(0.0, description="Dropout before the adapters.")
     targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="Last names of linear layers.")
 
 
@@ -180,7 +174,7 @@ class TrainRule(Section):
     weight_decay: float | None = Field(None, ge=0, description="Instead of the stage's.")
     lora: LoraOptions | None = Field(None, description="Train adapters only (`encoder` and `llm`).")
     layers: Annotated[str, AfterValidator(_slice)] | None = Field(
-        None, description="Train only these blocks, a Python slice: `-4:` the last four, `0:12` the first twelve."
+        None, description="Train only these blocks, a Python slice: `'-4:'` the last four, `'0:12'` the first twelve."
     )
 
     @pydantic.field_validator("lora")
@@ -244,12 +238,10 @@ class Stage(Section):
     epochs: float | None = Field(None, gt=0, description="Length in passes over the data; or `max_steps`.")
     max_steps: Count | None = Field(None, description="Length in optimizer steps; or `epochs`.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
-    warmup: Annotated[float, Field(ge=0), AfterValidator(_warmup)] = Field(
-        0.03, description="Linear warm-up: a fraction of the steps, or, from 1 on, a number of steps."
-    )
+    warmup: Fraction | Count = Field(0.03, description="Linear warm-up: a fraction of the steps, or a number of steps.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay; norms and biases have none.")
     clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="Largest norm of the gradient; null: any.")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's decay rates.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay rates.")
     max_length: Count = Field(2048, description="Longest sample in tokens, visual tokens included.")
     on_long_sample: Literal["error", "drop", "cut"] = Field("error", description="`cut`: at the border of a turn.")
     on_bad_sample: Literal["error", "skip"] = Field("error", description="What a defective sample is.")

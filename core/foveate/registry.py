@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from foveate.errors import RecipeError
 from foveate.explain import closest, did_you_mean, explain, said, said_at
 from foveate.options import Options
 from foveate.plugins import KINDS, Plugins, installed_plugins
@@ -98,15 +96,6 @@ def load_registry(folders: Iterable[Path] = ()) -> tuple[Registry, list[Problem]
     return registry, [problem for path in paths if path.is_file() for problem in registry.add_file(path)]
 
 
-@functools.cache
-def standard_registry() -> Registry:
-    """The packaged catalogue. Raises `RecipeError` when it is defective."""
-    registry, problems = load_registry()
-    if problems:
-        raise RecipeError([str(problem) for problem in problems])
-    return registry
-
-
 def resolve(
     kind: str, value: Any, context: Mapping[str, Any] | None, default: str | None = None, also: Collection[str] = ()
 ) -> Component:
@@ -120,7 +109,7 @@ def resolve(
         return value
     context = context or {}
     plugins: Plugins = context.get("plugins") or installed_plugins()
-    registry: Registry = context.get("registry") or standard_registry()
+    registry: Registry = context.get("registry") or load_registry()[0]
     presets, registered = registry.presets[kind], plugins.names.get(kind, {})
     if isinstance(value, str):
         value = Block({"preset" if value in presets else "type": value})
@@ -134,7 +123,9 @@ def resolve(
     if preset is not None and (base is None or given.get("type", name) != name):
         mismatch = f"preset '{preset}' is of type '{name}'; leave `type` out" if base else f"unknown preset '{preset}'"
         raise said_at(mismatch + ("" if base else did_you_mean(str(preset), presets)), "preset")
-    if (name := str(name or "")) not in registered:
+    if name is None:
+        raise said_at(f"say which {kind[:-1]}: {', '.join(sorted(registered)) or 'none is installed'}", "type")
+    if (name := str(name)) not in registered:
         raise said_at(_unknown(kind, name, plugins, registry), "type")
     cls = registered[name].load()
     model: type[Options] = getattr(cls, "Options", Options)
@@ -152,15 +143,15 @@ def resolve(
 def _unknown(kind: str, name: str, plugins: Plugins, registry: Registry) -> str:
     """What to do about a name that nothing is registered under: another spelling, an installation, a repair."""
     registered, known = plugins.names.get(kind, {}), registry.known[kind]
-    meant = name if name in known else closest(name, {*registered, *registry.presets[kind], *known})
-    hint = "" if meant == name else did_you_mean(name, {*registered, *registry.presets[kind], *known})
-    text = f"unknown {kind[:-1]} '{name}'{hint}" if name else f"say which {kind[:-1]}: {', '.join(sorted(registered))}"
+    names = {*registered, *registry.presets[kind], *known}
+    meant = name if name in known else closest(name, names)
+    sentences = [f"unknown {kind[:-1]} '{name}'" + ("." if meant == name else did_you_mean(name, names))]
     plugin = known.get(meant or "") if meant not in registered else None
-    if plugin:
+    if plugin is not None:
         paper = f", arXiv {plugin.paper}" if plugin.paper else ""
-        text += f". '{meant}' ({plugin.summary}{paper}) comes with {plugin.distribution}: {plugin.install}"
+        sentences.append(f"'{meant}' ({plugin.summary}{paper}) comes with {plugin.distribution}: {plugin.install}")
     for owner, reason in plugins.broken.items():
         asked = name in owner or (plugin is not None and owner.startswith(f"{plugin.distribution} "))
-        reason = reason.strip() if asked else reason.strip().splitlines()[-1]
-        text += f". The plugin {owner} is broken and may be what is missing: {reason}"
-    return text
+        why = reason.strip() if asked else reason.strip().splitlines()[-1]
+        sentences.append(f"The plugin {owner} is broken and may be what is missing: {why}")
+    return " ".join(sentences)

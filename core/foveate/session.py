@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from foveate.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
@@ -192,6 +193,7 @@ class Session:
         Run.check(recipe.output, resume)
         if recipe.hardware.threads:
             torch.set_num_threads(recipe.hardware.threads)
+        AcceleratorState._reset_state()  # a process may train one recipe after another, in another precision
         accelerator = Accelerator(
             mixed_precision="bf16" if recipe.precision.compute == "bf16" else "no",
             log_with=list(recipe.trackers) or None,

@@ -67,10 +67,10 @@ class Tree:
 
 def merge(base: Any, over: Any) -> Any:
     """`over` laid on `base`: mappings merge key by key, everything else replaces."""
-    if not (isinstance(base, Block) and isinstance(over, Block)):
+    if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
     merged = {key: merge(base[key], value) if key in base else value for key, value in over.items()}
-    return Block({**base, **merged}, {**base.folders, **over.folders})
+    return Block({**base, **merged}, {**getattr(base, "folders", {}), **getattr(over, "folders", {})})
 
 
 def plain(value: Any) -> Any:

@@ -29,7 +29,7 @@ OUTSIDE = {"__init__", "__main__", "builtin"}
 """`__init__` hands names on lazily; `builtin` is core's own plugin and names classes as strings."""
 
 LIMIT = 4_000
-"""Lines of floors 0 to 8 together."""
+"""Lines of code of floors 0 to 8; blank lines, comments and docstrings are free, so that nobody saves on them."""
 
 
 def floor_of(module: str) -> int:
@@ -40,7 +40,7 @@ def floor_of(module: str) -> int:
 
 
 def core_files() -> list[Path]:
-    return [path for path in sorted(CORE.rglob("*.py")) if path.relative_to(CORE).parts[0].removesuffix(".py") not in OUTSIDE]
+    return [path for path in sorted(CORE.rglob("*.py")) if room(path) not in OUTSIDE]
 
 
 def room(path: Path) -> str:
@@ -61,7 +61,8 @@ def imports(path: Path, *, typing_too: bool = False) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [f"{node.module}.{alias.name}" if node.module == "foveate" else node.module for alias in node.names]
+            names = [f"foveate.{alias.name}" for alias in node.names]
+            found += names if node.module == "foveate" else [node.module]
     return [name for name in found if name.split(".")[0] == "foveate" or name.startswith("foveate_")]
 
 
@@ -96,12 +97,23 @@ def test_no_import_circles() -> None:
 
 def test_core_is_small() -> None:
     below_the_command = {module for floor in FLOORS[:-1] for module in floor} | OUTSIDE
-    lines = {
-        path: len(path.read_text(encoding="utf-8").splitlines())
-        for path in CORE.rglob("*.py")
-        if room(path) in below_the_command
-    }
-    assert sum(lines.values()) < LIMIT, f"core has {sum(lines.values())} lines; the limit is {LIMIT}"
+    lines = sum(code_lines(path) for path in CORE.rglob("*.py") if room(path) in below_the_command)
+    assert lines < LIMIT, f"core has {lines} lines of code; the limit is {LIMIT}"
+
+
+def code_lines(path: Path) -> int:
+    """Lines of a file that are neither blank, nor a comment, nor part of a docstring."""
+    source = path.read_text(encoding="utf-8")
+    texts = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr) and is_text(node.value)]
+    documentation = {line for node in texts for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#") and number not in documentation
+        for number, line in enumerate(source.splitlines(), 1)
+    )
+
+
+def is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 @pytest.mark.parametrize("path", sorted(PLUGINS.rglob("*.py")), ids=lambda path: str(path.relative_to(PLUGINS)))

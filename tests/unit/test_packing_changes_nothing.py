@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models import mixed_samples, saved_llava
 
 from foveate.data.packing import pack
 from foveate.learner import Learner
 from foveate.model.build import load_lmm
+from tests.models import mixed_samples, saved_llava
 
 
 def gradients(learner: Learner, groups: list[list[object]]) -> tuple[float, dict[str, torch.Tensor]]:

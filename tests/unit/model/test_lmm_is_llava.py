@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models import IMAGE_TOKEN, VOCABULARY, mixed_samples, saved_llava
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -14,6 +13,7 @@ from foveate.data.packing import pack
 from foveate.learner import Learner
 from foveate.model.build import load_lmm
 from foveate.types import IGNORE_INDEX, Sample
+from tests.models import IMAGE_TOKEN, VOCABULARY, mixed_samples, saved_llava
 
 
 def stock_forward(model: LlavaForConditionalGeneration, sample: Sample) -> tuple[Tensor, Tensor]:
