@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,4 +155,4 @@ def _unknown(kind: str, name: str, plugins: Plugins, registry: Registry) -> str:
         asked = name in owner or (plugin is not None and owner.startswith(f"{plugin.distribution} "))
         why = reason.strip() if asked else reason.strip().splitlines()[-1]
         sentences.append(f"The plugin {owner} is broken and may be what is missing: {why}")
-    return " ".join(sentences)
+    return re.sub(r"(?<=[?.])\. ", " ", ". ".join(sentences))
