@@ -1,152 +1,53 @@
-"""The recipe: every key of the YAML, its type, its default and its meaning, with names resolved to classes.
-
-Checks sit on fields, never on whole sections, so that one defect hides no other. What a check needs to know of the
-rest comes as pydantic's context: `folder`, `plugins`, `registry`, `objectives` and `templates` (their names).
-"""
+"""The recipe: every key of the YAML, its type, its default and its meaning, with names resolved to classes."""
 
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationError, ValidationInfo
+from pydantic import AfterValidator, Field, PlainValidator, ValidationInfo
 
-from foveate.explain import did_you_mean, each, explain, said
-from foveate.options import Options, recipe_folder
-from foveate.registry import Component, resolve
+from foveate.explain import did_you_mean, each, said
+from foveate.recipe_fields import (
+    NOT_EMPTY,
+    PARTS,
+    BlockSlice,
+    Count,
+    Dtype,
+    FolderName,
+    Fraction,
+    ModelSource,
+    ObjectiveNames,
+    Objectives,
+    Section,
+    TemplateName,
+    component,
+    context_of,
+)
+from foveate.registry import Component
 from foveate.types import Geometry
 from foveate.yaml_tree import Block
 
-PARTS = ("encoder", "projector", "llm")
-RESERVED = (*PARTS, "text")
 SOURCE_KEYS = ("weight", "max_samples", "objectives")
 DATASET = "(dataset)"
 """Where a source keeps the data set's own keys, which stand flat beside `SOURCE_KEYS` in the YAML."""
 
 
-def _context(info: ValidationInfo) -> dict[str, Any]:
-    return info.context if info.context is not None else {}
-
-
-class Section(Options):
-    """Base of the recipe's sections: errors in plain words, paths relative to the file that they were written in."""
-
-    model_config = pydantic.ConfigDict(allow_inf_nan=False, populate_by_name=True, validate_default=True)
-
-    @pydantic.model_validator(mode="wrap")
-    @classmethod
-    def _explained(cls, value: Any, handler: Any, info: ValidationInfo) -> Any:
-        context = _context(info)
-        outer, context["folders"] = context.get("folders"), getattr(value, "folders", {})
-        try:
-            return handler(value)
-        except ValidationError as error:
-            raise explain(error, cls) from None
-        finally:
-            context["folders"] = outer
-
-
-def _component(kind: str, default: str | None = None, also: tuple[str, ...] = (), optional: bool = False) -> Any:
-    """Makes a field a component of `kind`."""
-
-    def check(value: Any, info: ValidationInfo) -> Component | None:
-        return None if optional and value is None else resolve(kind, value, info.context, default, also)
-
-    return PlainValidator(check)
-
-
-def _objectives(value: Any, info: ValidationInfo) -> dict[str, Component]:
-    if not isinstance(value, dict):
-        raise said("must be a mapping: the objective's name, and its options")
-
-    def check(name: str, options: Any) -> Component:
-        if name in RESERVED or not re.fullmatch(r"[\w-]+", name):
-            raise said(f"'{name}' cannot name an objective: letters, digits, _ and -, and not {', '.join(RESERVED)}")
-        return resolve("objectives", {} if options is None else options, info.context, default=name)
-
-    return each(value, check)
-
-
-def _train(value: Any, info: ValidationInfo) -> dict[str, TrainRule]:
-    if not isinstance(value, dict) or not value:
-        raise said("must name what is trained, at least one part, as `part: learning rate`")
-    objectives = _context(info).get("objectives")
-
-    def check(part: str, rule: Any) -> TrainRule:
-        if part not in PARTS and objectives is not None and part.partition(".")[0] not in objectives:
-            raise said(f"unknown part '{part}'{did_you_mean(part, {*PARTS, *objectives})}")
-        rule = rule if isinstance(rule, dict | TrainRule) else {"lr": rule}
-        return TrainRule.model_validate(rule, context={**_context(info), "part": part})
-
-    return each(value, check)
-
-
-def _known(names: str, complaint: str) -> AfterValidator:
-    """Refuses what is not among the context's `names`."""
-
-    def check(name: str, info: ValidationInfo) -> str:
-        known = _context(info).get(names)
-        if known is not None and name not in known:
-            raise said(f"{complaint} '{name}'{did_you_mean(name, known)}")
-        return name
-
-    return AfterValidator(check)
-
-
-def _folder_name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w .+-]*", name) or name in ("model", "teachers"):
-        raise said(f"'{name}' cannot name a folder of the run: letters, digits, space and _ . + -; not model, teachers")
-    return name
-
-
-def _slice(text: str) -> str:
-    if not re.fullmatch(r"-?\d+:(-?\d+)?|:-?\d+", text):
-        raise said(f"must be a slice of the blocks, such as '-4:' (the last four) or '0:12', not '{text}'")
-    return text
-
-
-def _not_empty(value: Any) -> Any:
-    if value == []:
-        raise said("must have at least one entry")
-    return value
-
-
-def _model_folder(name: str | None, info: ValidationInfo) -> str | None:
-    """A folder, relative to the recipe or (as `output` is) to the current folder, becomes absolute; else a hub id."""
-    if name is None:
-        return None
-    folders = [(base / Path(name).expanduser()).resolve() for base in (recipe_folder(info), Path.cwd())]
-    if found := [folder for folder in folders if folder.is_dir()]:
-        return str(found[0])
-    if any(folder.parent.is_dir() for folder in folders) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise said(f"no such folder: {folders[0]}")
-    return name
-
-
-Dtype = Literal["fp32", "bf16", "fp64"]
-Count = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Objectives = tuple[Annotated[str, _known("objectives", "the recipe has no objective")], ...]
-TemplateName = Annotated[str, _known("templates", "unknown template")]
-FolderName = Annotated[str, AfterValidator(_folder_name)]
-
-
 class Model(Section):
     """The LMM's parts: from scratch, pretrained, or those of another model."""
 
-    from_: Annotated[str | None, AfterValidator(_model_folder)] = Field(
+    from_: ModelSource = Field(
         None, alias="from", description="Start from this model: a run, its `model/`, a stock Llava folder or hub id."
     )
-    encoder: Annotated[Component | None, _component("encoders", "hf", optional=True)] = Field(
+    encoder: Annotated[Component | None, component("encoders", "hf", optional=True)] = Field(
         None, description="Vision encoder: a preset, or `type` (default `hf`) and its options."
     )
-    projector: Annotated[Component | None, _component("projectors", "mlp", optional=True)] = Field(
+    projector: Annotated[Component | None, component("projectors", "mlp", optional=True)] = Field(
         None, description="From the encoder's width to the LLM's: a type, or `type` (default `mlp`) and its options."
     )
-    llm: Annotated[Component | None, _component("llms", "hf", optional=True)] = Field(
+    llm: Annotated[Component | None, component("llms", "hf", optional=True)] = Field(
         None, description="Language model and its tokenizer: a preset, or `type` (default `hf`) and its options."
     )
 
@@ -173,25 +74,39 @@ class TrainRule(Section):
     lr: float = Field(gt=0, description="Peak learning rate.")
     weight_decay: float | None = Field(None, ge=0, description="Instead of the stage's.")
     lora: LoraOptions | None = Field(None, description="Train adapters only (`encoder` and `llm`).")
-    layers: Annotated[str, AfterValidator(_slice)] | None = Field(
+    layers: BlockSlice | None = Field(
         None, description="Train only these blocks, a Python slice: `'-4:'` the last four, `'0:12'` the first twelve."
     )
 
     @pydantic.field_validator("lora")
     @classmethod
     def _has_adapters(cls, lora: LoraOptions | None, info: ValidationInfo) -> LoraOptions | None:
-        if lora is not None and _context(info).get("part", "llm") not in ("encoder", "llm"):
+        if lora is not None and context_of(info).get("part", "llm") not in ("encoder", "llm"):
             raise said("only encoder and llm can be trained by lora; leave it out here")
         return lora
+
+
+def _train(value: Any, info: ValidationInfo) -> dict[str, TrainRule]:
+    if not isinstance(value, dict) or not value:
+        raise said("must name what is trained, at least one part, as `part: learning rate`")
+    objectives = context_of(info).get("objectives")
+
+    def check(part: str, rule: Any) -> TrainRule:
+        if part not in PARTS and objectives is not None and part.partition(".")[0] not in objectives:
+            raise said(f"unknown part '{part}'{did_you_mean(part, {*PARTS, *objectives})}")
+        rule = rule if isinstance(rule, dict | TrainRule) else {"lr": rule}
+        return TrainRule.model_validate(rule, context={**context_of(info), "part": part})
+
+    return each(value, check)
 
 
 class DataSource(Section):
     """A data set (`type`, default `llava`, or `preset`, and its own keys) and how it is used, side by side."""
 
-    dataset: Annotated[Component, _component("datasets", "llava", SOURCE_KEYS)] = Field(alias=DATASET)
+    dataset: Annotated[Component, component("datasets", "llava", SOURCE_KEYS)] = Field(alias=DATASET)
     weight: float = Field(1.0, gt=0, description="How often its samples are drawn, relative to their number.")
     max_samples: Count | None = Field(None, description="Use that many samples at most.")
-    objectives: Objectives | None = Field(None, description="Objectives that apply to it. Default: the stage's.")
+    objectives: ObjectiveNames | None = Field(None, description="Objectives that apply to it. Default: the stage's.")
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -203,8 +118,8 @@ class DataSource(Section):
         return {DATASET: value.without(*SOURCE_KEYS), **{key: value[key] for key in SOURCE_KEYS if key in value}}
 
 
-Data = Annotated[tuple[DataSource, ...], BeforeValidator(_not_empty)]
-Metrics = Annotated[tuple[Annotated[Component, _component("metrics")], ...], BeforeValidator(_not_empty)]
+Data = Annotated[tuple[DataSource, ...], NOT_EMPTY]
+Metrics = Annotated[tuple[Annotated[Component, component("metrics")], ...], NOT_EMPTY]
 
 
 class Validate(Section):
@@ -233,7 +148,7 @@ class Stage(Section):
     train: Annotated[dict[str, TrainRule], PlainValidator(_train)] = Field(
         description="Part (`encoder`, `projector`, `llm` or an objective) → learning rate, or the mapping below."
     )
-    objectives: Objectives | None = Field(None, description="Objectives that are active. Default: all.")
+    objectives: ObjectiveNames | None = Field(None, description="Objectives that are active. Default: all.")
     batch_size: Count = Field(description="Samples of an optimizer step, over all processes.")
     epochs: float | None = Field(None, gt=0, description="Length in passes over the data; or `max_steps`.")
     max_steps: Count | None = Field(None, description="Length in optimizer steps; or `epochs`.")
@@ -254,7 +169,7 @@ class Stage(Section):
     @pydantic.field_validator("name")
     @classmethod
     def _unique(cls, name: str, info: ValidationInfo) -> str:
-        seen: list[str] = _context(info).setdefault("stages", [])
+        seen: list[str] = context_of(info).setdefault("stages", [])
         if name in seen:
             raise said(f"two stages are called '{name}'; their names must differ")
         seen.append(name)
@@ -312,11 +227,11 @@ class Recipe(Section):
         "`runs/NAME`.",
     )  # fmt: skip
     model: Model = Field(description="What is trained.")
-    objectives: Annotated[dict[str, Component], PlainValidator(_objectives)] = Field(
+    objectives: Objectives = Field(
         {}, description="Name → options of a vision-centric objective; `type` defaults to the name."
     )
     text: TextLoss = Field(TextLoss(), description="The loss on text.")
-    stages: Annotated[tuple[Stage, ...], BeforeValidator(_not_empty)] = Field(description="Training phases, in order.")
+    stages: Annotated[tuple[Stage, ...], NOT_EMPTY] = Field(description="Training phases, in order.")
     precision: Precision = Field(Precision(), description="Number formats.")
     hardware: Hardware = Field(default_factory=Hardware, description="Memory and speed.")
     checkpoint_every: Count | None = Field(None, description="Steps between checkpoints; a stage's end has one anyway.")

@@ -15,7 +15,7 @@ FLOORS: list[set[str]] = [
     {"errors", "types", "options"},
     {"objective", "hookspecs", "yaml_tree", "explain"},
     {"plugins", "registry"},
-    {"recipe", "recipe_file"},
+    {"recipe_fields", "recipe", "recipe_file"},
     {"data"},
     {"model", "teachers"},
     {"text_loss", "learner"},
