@@ -48,8 +48,8 @@ def test_captions() -> None:
 
 
 def test_clauses_choose_what_captions_tell() -> None:
-    text = dataset(clauses=("present", "digit"))[0].turns[1].text
-    assert sorted(part.split()[0] for part in text.split(". ")) == ["Digit", "Present"]
+    text = dataset(clauses=("digits", "colour"))[0].turns[1].text
+    assert sorted(part.split()[0] for part in text.split(". ")) == ["Colour", "Digits"]
 
 
 def test_questions_share_one_picture_in_one_conversation() -> None:

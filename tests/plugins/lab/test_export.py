@@ -16,7 +16,7 @@ from foveate_lab import export
 from foveate_lab.digits import DigitsDataset
 from foveate_lab.export import data_digits, write_llava
 from foveate_lab.questions import KINDS
-from foveate_lab.scenes import draw
+from foveate_lab.scenes import COMPASS, draw
 
 
 def questions(size: int = 12) -> DigitsDataset:
@@ -90,5 +90,5 @@ def test_the_command_writes_training_and_held_out_files(tmp_path: Path, capsys: 
     assert {name: len(found) for name, found in rows.items()} == {"captions": 4, "questions": 3, "test": 10}
     assert all(len(row["conversations"]) == 10 for row in rows["questions"])
     assert [row["meta"]["kind"] for row in rows["test"][:5]] == list(KINDS[:5])
-    assert all(row["conversations"][1]["value"].count(" ") == 2 * (9 + 9 + 10 + 6) + 3 for row in rows["captions"])
+    assert all(f" {place} " in row["conversations"][1]["value"] for row in rows["captions"] for place in COMPASS)
     assert "captions.json (4 scenes)" in capsys.readouterr().out
