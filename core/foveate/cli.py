@@ -183,7 +183,7 @@ def check(
         told[name] = {"samples": report.samples, "counts": report.counts, "statistics": statistics, "defects": defects}
         if not as_json:
             for entry in report.defects:
-                typer.echo(f"{entry.source}[{entry.index}], sample {entry.sample_id}: {entry.kind}: {entry.problem}")
+                typer.echo(str(entry))
             rows: list[tuple[Any, ...]] = [(key, *map(round, value.values())) for key, value in statistics.items()]
             found = ", ".join(f"{count} {kind}" for kind, count in report.counts.items()) or "none"
             columns = ("", "count", "min", "median", "p95", "max")

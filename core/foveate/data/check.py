@@ -24,6 +24,9 @@ class Defect:
     kind: str
     problem: str
 
+    def __str__(self) -> str:
+        return f"{self.source}[{self.index}], sample {self.sample_id}: {self.kind}: {self.problem}"
+
 
 @dataclass
 class Report:

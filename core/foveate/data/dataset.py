@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Literal
 
 from foveate.errors import DataError
@@ -49,7 +50,11 @@ class ConversationDataset(ABC):
 
 
 def texts(dataset: ConversationDataset) -> Iterator[str]:
-    """Every turn's text without its placeholders, prompts and answers alike: what a tokenizer is trained on."""
+    """Every turn's text without its placeholders, prompts and answers alike: what a tokenizer is trained on.
+
+    Malformed rows have none: who reads samples reports them, together with all other defects.
+    """
     for index in range(len(dataset)):
-        for turn in dataset[index].turns:
-            yield turn.text.replace(IMAGE_PLACEHOLDER, "")
+        with suppress(SampleError):
+            for turn in dataset[index].turns:
+                yield turn.text.replace(IMAGE_PLACEHOLDER, "")

@@ -71,7 +71,8 @@ def build_sample(conversation: Conversation, rules: SampleRules) -> Sample:
         shorter = _tokenize(replace(conversation, turns=conversation.turns[:end]), rules)
         if shorter.length <= rules.max_length and shorter.supervised:
             return shorter
-    reason = "even its first answer ends later" if rules.on_long == "cut" else f"on_long_sample is '{rules.on_long}'"
+    advice = {"cut": "even its first answer ends later", "error": "raise it, or set on_long_sample: drop or cut"}
+    reason = advice.get(rules.on_long, "on_long_sample is 'drop'")
     raise SampleError("long", where, f"has {sample.length} tokens, max_length is {rules.max_length} ({reason})")
 
 

@@ -74,6 +74,9 @@ class StageData(Dataset[StepBatches | DataError]):
         for number, item in enumerate(self._loader, 1):
             if isinstance(item, DataError):
                 error = item  # as it was raised, without the worker's traceback
+                if isinstance(item, SampleError):
+                    advice = "Mend it (`foveate data check` lists all), or set on_bad_sample: skip."
+                    error = SampleError(item.kind, item.where, f"{item.problem}. {advice}")
                 break
             seen, bad = number * self.batch_size // self.world, bad + item.bad
             reasons += item.skipped[: 5 - len(reasons)]

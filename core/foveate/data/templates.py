@@ -44,12 +44,14 @@ def load_template(name: str, tokenizer: Any, system: str | None = None) -> Templ
     """
 
     def refused(why: str) -> DataError:
-        return DataError(f"template '{name}' {why}; templates that come with foveate: {', '.join(SHIPPED)}")
+        owner = f" of {tokenizer.name_or_path}" if name == "chat" and tokenizer.name_or_path else ""
+        advice = f"set the stage's `template` to one that comes with foveate ({', '.join(SHIPPED)}), or mend it"
+        return DataError(f"template '{name}'{owner} {why}: {advice}.")
 
     if not getattr(tokenizer, "is_fast", False) or IMAGE_PLACEHOLDER not in tokenizer.get_vocab():
         raise refused(f"needs a fast tokenizer with the token {IMAGE_PLACEHOLDER} (see `load_tokenizer`)")
     if name not in ("chat", *SHIPPED):
-        raise refused("is not known: `chat` is the tokenizer's own")
+        raise refused("is not known (`chat` is the tokenizer's own)")
     if name == "chat" and not tokenizer.chat_template:
         raise refused("is the tokenizer's own chat template, and it has none")
     source = tokenizer.get_chat_template() if name == "chat" else template_source(name)
