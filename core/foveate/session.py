@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -84,7 +85,11 @@ class DataRoom:
         for entry in data:
             if id(entry) not in self._open:
                 self._open[id(entry)] = entry.dataset.cls(entry.dataset.options)
-        return [Source(self._open[id(entry)], entry.weight, entry.max_samples, entry.dataset.type) for entry in data]
+        files = [Path(getattr(entry.dataset.options, "path", entry.dataset.type)).name for entry in data]
+        return [
+            Source(self._open[id(entry)], entry.weight, entry.max_samples, name)
+            for entry, name in zip(data, files, strict=True)
+        ]
 
     def fingerprints(self) -> dict[str, str]:
         """Stage and number of each source → fingerprint of its content."""
@@ -156,11 +161,15 @@ class DataRoom:
             bad = [entry for entry in found.defects if entry not in dropped]
             allowed = found.samples * stage.max_bad_rate if stage.on_bad_sample == "skip" else 0
             if len({(entry.source, entry.index) for entry in bad}) > allowed:
-                shown = "\n".join(f"  {entry.source} {entry.sample_id}: {entry.problem}" for entry in bad[:8])
-                more = f"\n  and {len(bad) - 8} more" if len(bad) > 8 else ""
+                lines = [f"  {entry}" for entry in bad[:8]]
+                lines += [f"  and {len(bad) - 8} more"] if len(bad) > 8 else []
+                skip = f"they are more than max_bad_rate: {stage.max_bad_rate:g} lets you skip"
+                skip = skip if stage.on_bad_sample == "skip" else "or set on_bad_sample: skip"
+                many = "1 defect" if len(bad) == 1 else f"{len(bad)} defects"
                 raise DataError(
-                    f"stage {stage.name}: {len(bad)} defects in the {found.samples} samples that were checked\n{shown}"
-                    f"{more}\nMend them (`foveate data check` lists all), or set on_bad_sample: skip."
+                    f"stage {stage.name}: {many} in the {found.samples} samples that were checked\n"
+                    + "\n".join(lines)
+                    + f"\nMend the data (`foveate data check` lists all defects); {skip}."
                 )
 
 
