@@ -31,8 +31,18 @@ def _existing(path: Path, info: ValidationInfo) -> Path:
     return resolved
 
 
+def _folder_or_id(value: str, info: ValidationInfo) -> str:
+    folder = _resolve(Path(value), info)
+    if not folder.is_dir() and (value.startswith((".", "/", "~")) or value.count("/") > 1):
+        raise ValueError(f"no such folder: {folder}")
+    return str(folder) if folder.is_dir() else value
+
+
 RecipePath = Annotated[Path, AfterValidator(_resolve)]
 """A path, relative to the recipe's folder; it need not exist."""
 
 ExistingPath = Annotated[Path, AfterValidator(_existing)]
 """A path, relative to the recipe's folder, that must exist when the recipe is read."""
+
+FolderOrId = Annotated[str, AfterValidator(_folder_or_id)]
+"""A folder, relative to the recipe's, or else an id of the hub."""

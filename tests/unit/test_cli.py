@@ -209,7 +209,8 @@ def test_plan_says_what_cannot_be_a_stock_llava(foveate_command: Command, corpus
 def test_plan_needs_neither_tokenizer_nor_weights(foveate_command: Command, corpus: Path, tmp_path: Path) -> None:
     content = recipe_dict(corpus)
     fields = {**LLM["config"], "vocab_size": 1000, "tie_word_embeddings": False}  # type: ignore[dict-item]
-    content["model"] = {**content["model"], "llm": {"config": fields, "tokenizer": str(tmp_path / "elsewhere")}}
+    (tmp_path / "empty").mkdir()
+    content["model"] = {**content["model"], "llm": {"config": fields, "tokenizer": "empty"}}
     status, out, _ = foveate_command("plan", write_recipe(tmp_path, content), "--json")
     plan = json.loads(out)
     assert status == 0 and plan["stages"][0]["tokens_per_step"] is None and plan["stages"][0]["steps"] == 4

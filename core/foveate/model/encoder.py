@@ -9,17 +9,17 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import transformers as hf
 from PIL import Image
-from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from foveate.errors import ModelError
-from foveate.options import Options, recipe_folder
+from foveate.options import FolderOrId, Options
 from foveate.types import EncoderSpec
 
 Rgb = tuple[float, float, float]
@@ -80,17 +80,6 @@ FAMILIES: dict[str, Family] = {
     "dinov2_with_registers": Family(hf.Dinov2WithRegistersModel, *_DINO),
 }
 """The encoders that are known to work. SigLIP 2 at a fixed resolution is a `siglip_vision_model`."""
-
-
-def _folder_or_id(value: str, info: ValidationInfo) -> str:
-    folder = (recipe_folder(info) / Path(value).expanduser()).resolve()
-    if not folder.is_dir() and (value.startswith((".", "/", "~")) or value.count("/") > 1):
-        raise ValueError(f"no such folder: {folder}")
-    return str(folder) if folder.is_dir() else value
-
-
-FolderOrId = Annotated[str, AfterValidator(_folder_or_id)]
-"""A folder, relative to the recipe's, or else an id of the hub."""
 
 
 class TransformersEncoderOptions(Options):

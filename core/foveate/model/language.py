@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from foveate.errors import ModelError
 from foveate.model.attention import NAME, Segments
-from foveate.options import Options
+from foveate.options import FolderOrId, Options
 
 
 class LanguageModel(nn.Module, ABC):
@@ -60,12 +60,12 @@ class TrainedTokenizer(Options):
 class TransformersLLMOptions(Options):
     """Any `AutoModelForCausalLM`, by hub id, local folder, or from scratch by `config`."""
 
-    pretrained: str | None = Field(None, description="Hub id or folder of the weights. Without it: random weights.")
+    pretrained: FolderOrId | None = Field(None, description="Hub id or folder of the weights. Default: random ones.")
     revision: str = Field("main", description="Hub revision (branch, tag or commit) of `pretrained`.")
     config: dict[str, Any] | None = Field(
         None, description="The architecture: `model_type` and fields of its transformers config."
     )
-    tokenizer: str | TrainedTokenizer | None = Field(
+    tokenizer: FolderOrId | TrainedTokenizer | None = Field(
         None,
         description="Hub id or folder of a tokenizer, or `{vocab_size: …}` to train one. Default: that of "
         "`pretrained`, or a trained one.",
