@@ -75,7 +75,7 @@ class StageData(Dataset[StepBatches | DataError]):
             if isinstance(item, DataError):
                 error = item  # as it was raised, without the worker's traceback
                 if isinstance(item, SampleError):
-                    advice = "Mend it (`foveate data check` lists all), or set on_bad_sample: skip."
+                    advice = "Mend it (`foveate data check RECIPE` lists all), or set on_bad_sample: skip."
                     error = SampleError(item.kind, item.where, f"{item.problem}. {advice}")
                 break
             seen, bad = number * self.batch_size // self.world, bad + item.bad
