@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, PreTrainedTokenizerFast, Qwen2Config
@@ -193,6 +194,25 @@ def test_an_llm_family_that_would_be_computed_wrongly_is_refused(
     llm = {"config": {**size, **config}, "tokenizer": {"vocab_size": 400}}
     err = refused(tmp_path, shared_corpus, {"encoder": ENCODER, "projector": "mlp", "llm": llm}, capsys)
     assert said in err
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "from safetensors only"), ("half", "lacks 1 weights")])
+def test_an_llm_folder_without_all_its_weights_is_refused(
+    content: str | None, said: str, tmp_path: Path, shared_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {key: value for key, value in LLM["config"].items() if key != "model_type"}  # type: ignore[attr-defined]
+    AutoModelForCausalLM.from_config(Qwen2Config(**fields, vocab_size=512)).save_pretrained(tmp_path / "tiny")
+    train_tokenizer(["Which digit?"], 300).save_pretrained(tmp_path / "tiny")
+    file = tmp_path / "tiny" / "model.safetensors"
+    if content:
+        tensors = load_file(file)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, file, {"format": "pt"})
+    else:
+        file.rename(tmp_path / "tiny" / "pytorch_model.bin")
+    llm = {"pretrained": "tiny"}
+    err = refused(tmp_path, shared_corpus, {"encoder": ENCODER, "projector": "mlp", "llm": llm}, capsys)
+    assert f"'{tmp_path / 'tiny'}'" in err and said in err
 
 
 @pytest.mark.parametrize(("folder", "key"), [("./no-llm", "pretrained"), ("../no-tokenizer", "tokenizer")])

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from foveate.errors import ModelError
 from foveate.model.attention import NAME, Segments
+from foveate.model.encoder import read_pretrained
 from foveate.options import FolderOrId, Options
 
 
@@ -94,13 +95,12 @@ class TransformersLLM(LanguageModel):
         if vocab_size is not None and "vocab_size" not in (options.config or {}) and options.pretrained is None:
             config.vocab_size = vocab_size  # from scratch: as large as the tokenizer needs
         config.use_cache = False
+        self.model: Any
         if load_weights and options.pretrained is not None:
-            self.model, report = AutoModelForCausalLM.from_pretrained(
-                options.pretrained, config=config, revision=options.revision, use_safetensors=True,
-                trust_remote_code=options.trust_remote_code, output_loading_info=True,
+            self.model, _ = read_pretrained(
+                AutoModelForCausalLM, options.pretrained, config=config, revision=options.revision,
+                trust_remote_code=options.trust_remote_code,
             )  # fmt: skip
-            if missing := sorted(report["missing_keys"]):
-                raise ModelError(f"{options.pretrained} lacks weights of the LLM: {', '.join(missing[:5])} …")
             self.model.float()
         else:
             self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
@@ -160,7 +160,7 @@ def read_config(options: TransformersLLMOptions) -> PretrainedConfig:
             fields = {key: value for key, value in options.config.items() if key != "model_type"}
             return AutoConfig.for_model(options.config["model_type"], **fields)
         return AutoConfig.from_pretrained(
-            options.pretrained, revision=options.revision, trust_remote_code=options.trust_remote_code
+            str(options.pretrained), revision=options.revision, trust_remote_code=options.trust_remote_code
         )
     except Exception as error:
         source = f"'{options.config['model_type']}'" if options.config else f"'{options.pretrained}'"
