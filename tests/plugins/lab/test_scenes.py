@@ -133,3 +133,24 @@ def test_places_of_three_by_three_cells_are_those_of_the_compass() -> None:
 def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         SceneOptions(**options)
+
+
+def test_small_digits_stand_anywhere_in_their_cells() -> None:
+    """Ink is found inside of the box that the ground truth tells, and nowhere else."""
+    options = SceneOptions(cell_px=32, digit_px=8, noise=0)
+    found = set()
+    for index in range(60):
+        scene = make_scene(options, "train", index)
+        ink_HW = (draw(scene) != BACKGROUND).any(axis=-1)
+        for cell in scene.cells:
+            top, left = cell.row * 32 + cell.top, cell.column * 32 + cell.left
+            assert ink_HW[top : top + 8, left : left + 8].any()
+            ink_HW[top : top + 8, left : left + 8] = False
+            found.add((cell.top, cell.left))
+        assert not ink_HW.any()
+    assert found == {(8 * row, 8 * column) for row in range(4) for column in range(4)}
+
+
+def test_a_digit_is_no_larger_than_its_cell() -> None:
+    with pytest.raises(ValidationError, match="digit of 24 px does not fit into a cell of 16 px"):
+        SceneOptions(digit_px=24)
