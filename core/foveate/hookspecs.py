@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from foveate.train import Run
+    from foveate.run import Run
 
 HOOK_API = 1
 """Version of this contract; a plugin that declares another is refused."""
@@ -52,7 +52,7 @@ def register_metrics(register: Register) -> None:
 
 @hookspec
 def register_commands(register: Register) -> None:
-    """Register commands: `register("data digits", function)` adds ``foveate data digits``, typer reads its signature."""
+    """Register commands: `register("data digits", function)` adds ``foveate data digits``; typer reads the function."""
 
 
 @hookspec

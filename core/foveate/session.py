@@ -34,6 +34,7 @@ from foveate.learner import Learner
 from foveate.model.build import Blueprint, blueprint, build_lmm
 from foveate.model.language import TrainedTokenizer, check_language_model
 from foveate.model.lmm import LMM
+from foveate.plan import make_plan, render
 from foveate.plugins import Plugins, installed_plugins
 from foveate.precision import DTYPES, FrozenParts
 from foveate.progress import Display
@@ -163,13 +164,13 @@ class DataRoom:
             if len({(entry.source, entry.index) for entry in bad}) > allowed:
                 lines = [f"  {entry}" for entry in bad[:8]]
                 lines += [f"  and {len(bad) - 8} more"] if len(bad) > 8 else []
-                skip = f"they are more than max_bad_rate: {stage.max_bad_rate:g} lets you skip"
-                skip = skip if stage.on_bad_sample == "skip" else "or set on_bad_sample: skip"
+                skip = f"; they are more than max_bad_rate: {stage.max_bad_rate:g} lets you skip"
+                skip = skip if stage.on_bad_sample == "skip" else ", or set on_bad_sample: skip"
                 many = "1 defect" if len(bad) == 1 else f"{len(bad)} defects"
                 raise DataError(
                     f"stage {stage.name}: {many} in the {found.samples} samples that were checked\n"
                     + "\n".join(lines)
-                    + f"\nMend the data (`foveate data check` lists all defects); {skip}."
+                    + f"\nMend the data (`foveate data check RECIPE` lists all defects){skip}."
                 )
 
 
@@ -202,6 +203,9 @@ class Session:
         Run.check(recipe.output, resume)
         if recipe.hardware.threads:
             torch.set_num_threads(recipe.hardware.threads)
+        plan = blueprint(recipe.model)
+        data = DataRoom(recipe, plan)
+        made = make_plan(recipe, data)
         AcceleratorState._reset_state()  # a process may train one recipe after another, in another precision
         accelerator = Accelerator(
             mixed_precision="bf16" if recipe.precision.compute == "bf16" else "no",
@@ -209,10 +213,10 @@ class Session:
             project_dir=str(recipe.output),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        plan = blueprint(recipe.model)
-        data = DataRoom(recipe, plan)
         for stage in recipe.stages:
             data.preflight(stage)
+        if accelerator.is_main_process:
+            render(made, display)
         set_seed(recipe.seed)
         lmm = build_lmm(plan, len(data.tokenizer))
         full = DTYPES["fp64" if recipe.precision.compute == "fp64" else "fp32"]

@@ -1,4 +1,4 @@
-"""What foveate brings along to try it with: the built-in data set ``digits`` and its export to files."""
+"""What foveate brings along to try it with: the data set ``digits``, its export, and answers' accuracy."""
 
 from foveate import hookimpl
 from foveate.hookspecs import Register
@@ -9,6 +9,11 @@ HOOK_API = 1
 @hookimpl
 def register_datasets(register: Register) -> None:
     register("digits", "foveate_lab.digits:DigitsDataset")
+
+
+@hookimpl
+def register_metrics(register: Register) -> None:
+    register("answers", "foveate_lab.answers:AnswersMetric")
 
 
 @hookimpl

@@ -19,14 +19,16 @@ HELD_OUT_KINDS: tuple[Kind, ...] = ("presence", "identity", "colour", "count", "
 """The kinds that are evaluated. ``where`` is for training: it teaches to look a digit up."""
 
 
-Clause = Literal["digit", "colour", "present", "count"]
+Clause = Literal["digit", "colour", "digits", "colours"]
 CLAUSES: tuple[Clause, ...] = get_args(Clause)
-"""The parts of a caption: every filled cell's digit, its colour, which digits are there, how many of each colour."""
+"""The parts of a caption: every filled cell's digit, its colour; where each of the ten digits is, where each colour."""
+
+NOWHERE = "nowhere"
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question about a scene. The right ``answer`` restates what is asked about and ends in ``value``."""
+    """One question about a scene. The right ``answer`` first says what it rests on and ends in ``value``."""
 
     kind: Kind
     text: str
@@ -35,15 +37,16 @@ class Question:
 
     @property
     def answer(self) -> str:
-        """The answer as a caption would word it: ``Digit north 7``."""
+        """The answer in a caption's words: ``Digit north 7``; ``Digits 7 north yes``; ``Colours red north east 2``."""
         return f"{self.restated} {self.value}"
 
 
 def caption(scene: Scene, rng: np.random.Generator, clauses: Sequence[Clause] = CLAUSES) -> str:
-    """``Digit north 7 east 3. Colour …. Present 0 no 7 yes …. Count red 2 …``, clauses and entries in random order.
+    """``Digit north 7 east 3. Colour …. Digits 3 east 0 nowhere …. Colours red north east …``, all in random order.
 
-    Every entry names what to look for and then what is found. What is found can be told from the word before it and
-    the picture alone, which is what makes a small model learn to look; answers to questions are worded alike.
+    Every entry names what to look for and then what is found, places in reading order. What is found can be told from
+    the words before it and the picture, which is what makes a small model learn to look; answers to questions are
+    worded alike.
     """
     parts = []
     for number in rng.permutation(len(clauses)).tolist():
@@ -63,18 +66,17 @@ def ask(scene: Scene, kind: Kind, rng: np.random.Generator) -> Question:
     if kind == "count":
         colour = _pick(scene.options.colours, rng)
         count = sum(cell.colour == colour for cell in scene.cells)
-        return Question("count", f"How many are {colour}?", f"Count {colour}", str(count))
+        return Question("count", f"How many are {colour}?", f"Colours {colour} {_places(scene, colour)}", str(count))
     if kind == "comparison":
         one, two = _unequal_pair(scene.cells, rng)
         text = f"Is {one.place} larger than {two.place}?"
-        restated = f"Larger {one.place} {one.digit} {two.place} {two.digit}"
+        restated = f"Digit {one.place} {one.digit} {two.place} {two.digit}"
         return Question("comparison", text, restated, "yes" if one.digit > two.digit else "no")
     if kind == "where":
         counts = Counter(cell.digit for cell in scene.cells)
         once = [digit for digit, count in counts.items() if count == 1]
         digit = _pick(once or list(counts), rng)
-        places = " and ".join(cell.place for cell in scene.cells if cell.digit == digit)
-        return Question("where", f"Where is the {digit}?", f"Place {digit}", places)
+        return Question("where", f"Where is the {digit}?", f"Digits {digit}", _places(scene, digit))
     cell = _pick(scene.cells, rng)
     if kind == "identity":
         return Question("identity", f"Which digit is {cell.place}?", f"Digit {cell.place}", str(cell.digit))
@@ -106,11 +108,14 @@ def _entries(scene: Scene, clause: Clause) -> list[tuple[str, str]]:
         return [(cell.place, str(cell.digit)) for cell in scene.cells]
     if clause == "colour":
         return [(cell.place, cell.colour) for cell in scene.cells]
-    if clause == "present":
-        present = {cell.digit for cell in scene.cells}
-        return [(str(digit), "yes" if digit in present else "no") for digit in range(10)]
-    counts = Counter(cell.colour for cell in scene.cells)
-    return [(colour, str(counts[colour])) for colour in scene.options.colours]
+    if clause == "digits":
+        return [(str(digit), _places(scene, digit)) for digit in sorted({cell.digit for cell in scene.cells})]
+    return [(colour, _places(scene, colour)) for colour in sorted({cell.colour for cell in scene.cells})]
+
+
+def _places(scene: Scene, sought: int | str) -> str:
+    """The places of a digit or a colour in reading order, or ``nowhere``."""
+    return " ".join(cell.place for cell in scene.cells if sought in (cell.digit, cell.colour)) or NOWHERE
 
 
 def _presence(scene: Scene, rng: np.random.Generator) -> Question:
@@ -118,7 +123,8 @@ def _presence(scene: Scene, rng: np.random.Generator) -> Question:
     absent = [digit for digit in range(10) if digit not in present]
     yes = bool(rng.random() < 0.5) or not absent
     digit = _pick(present if yes else absent, rng)
-    return Question("presence", f"Is there any {digit}?", f"Present {digit}", "yes" if yes else "no")
+    restated = f"Digits {digit} {_places(scene, digit)}"
+    return Question("presence", f"Is there any {digit}?", restated, "yes" if yes else "no")
 
 
 def _unequal_pair(cells: tuple[Cell, ...], rng: np.random.Generator) -> tuple[Cell, Cell]:

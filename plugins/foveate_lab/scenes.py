@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from foveate import Options
 
@@ -41,12 +41,28 @@ class SceneOptions(Options):
 
     rows: int = Field(3, ge=1, le=9, description="Rows of cells.")
     columns: int = Field(3, ge=2, le=9, description="Columns of cells.")
-    cell_px: int = Field(16, ge=8, le=128, description="Side of a cell in pixels; a digit fills it but for a margin.")
+    cell_px: int = Field(16, ge=8, le=128, description="Side of a cell in pixels.")
+    digit_px: int | None = Field(
+        None, ge=8, le=128, description="Side of a digit, a thin margin included. Default: the cell's. A smaller digit "
+        "stands anywhere in its cell, on steps of its own side."
+    )  # fmt: skip
     density: float = Field(0.7, ge=0.0, le=1.0, description="Probability that a cell holds a digit; two always do.")
     noise: int = Field(8, ge=0, le=64, description="Uniform noise: at most this many grey levels up or down.")
     colours: tuple[str, ...] = Field(
         tuple(PALETTE), min_length=1, description="Colours to draw from: red, green, blue, yellow, purple, white."
     )
+
+    @field_validator("digit_px")
+    @classmethod
+    def _fits(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value > info.data.get("cell_px", value):
+            raise ValueError(f"a digit of {value} px does not fit into a cell of {info.data['cell_px']} px")
+        return value
+
+    @property
+    def side(self) -> int:
+        """Side of a digit in pixels, its margin included."""
+        return self.digit_px or self.cell_px
 
     @field_validator("colours")
     @classmethod
@@ -61,7 +77,8 @@ class SceneOptions(Options):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One filled cell. ``place`` is its coordinate word, ``scan`` the row of ``load_digits`` that was drawn."""
+    """One filled cell: its coordinate word `place`, `scan` the row of ``load_digits`` drawn, `top` and
+    `left` where in the cell it stands, in pixels."""
 
     row: int
     column: int
@@ -69,6 +86,8 @@ class Cell:
     digit: int
     colour: str
     scan: int
+    top: int = 0
+    left: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +136,15 @@ def make_scene(options: SceneOptions, split: Split, index: int, seed: int = 0) -
     digits_C = rng.integers(0, 10, count)
     colours_C = rng.integers(0, len(options.colours), count)
     picks_C = rng.random(count)
+    steps_C2 = rng.integers(0, options.cell_px // options.side, (count, 2)) * options.side
     scans, places = _scans_by_class(split), place_names(options.rows, options.columns)
     cells = []
     for position in np.flatnonzero(filled_C).tolist():
         row, column = divmod(position, options.columns)
         digit = int(digits_C[position])
         scan = int(scans[digit][int(picks_C[position] * len(scans[digit]))])
-        cells.append(Cell(row, column, places[position], digit, options.colours[int(colours_C[position])], scan))
+        colour, (top, left) = options.colours[int(colours_C[position])], steps_C2[position].tolist()
+        cells.append(Cell(row, column, places[position], digit, colour, scan, top, left))
     return Scene(options, split, index, seed, tuple(cells))
 
 
@@ -132,14 +153,15 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
     options, side = scene.options, scene.options.cell_px
     picture_RPCP3 = np.full((options.rows, side, options.columns, side, 3), BACKGROUND, dtype=np.int16)
     if scene.cells:
-        scans_NSS = _enlarged_scans(side)
+        scans_NSS = _enlarged_scans(options.side)
         ink_CSS = scans_NSS[[cell.scan for cell in scene.cells]]
         paint_C3 = np.array([PALETTE[cell.colour] for cell in scene.cells], dtype=np.int32) - BACKGROUND
         digits_CSS3 = (ink_CSS[..., None] * paint_C3[:, None, None, :]) // 255
-        margin = (side - scans_NSS.shape[1]) // 2
-        inner = slice(margin, margin + scans_NSS.shape[1])
+        inked = scans_NSS.shape[1]
+        margin = (options.side - inked) // 2
         for cell, digit_SS3 in zip(scene.cells, digits_CSS3, strict=True):
-            picture_RPCP3[cell.row, inner, cell.column, inner] += digit_SS3.astype(np.int16)
+            top, left = cell.top + margin, cell.left + margin
+            picture_RPCP3[cell.row, top : top + inked, cell.column, left : left + inked] += digit_SS3.astype(np.int16)
     picture_HW3 = picture_RPCP3.reshape(options.rows * side, options.columns * side, 3)
     if options.noise:
         rng = stream("noise", scene.split, scene.index, scene.seed)
@@ -177,11 +199,11 @@ def _scans_by_class(split: Split) -> tuple[tuple[int, ...], ...]:
 
 
 @lru_cache
-def _enlarged_scans(cell_px: int) -> NDArray[np.int32]:
-    """All scans enlarged to fill a cell but for a margin of about 1/16, ``[N, S, S]``, 0 to 255."""
+def _enlarged_scans(side_px: int) -> NDArray[np.int32]:
+    """All scans enlarged to so many pixels, less a margin of about 1/16: ``[N, S, S]``, 0 to 255."""
     from PIL import Image
 
-    side = cell_px - 2 * max(cell_px // 16, 0)
+    side = side_px - 2 * (side_px // 16)
     images, _ = _load()
     resized = [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)) for image in images]
     return np.stack(resized).astype(np.int32)
