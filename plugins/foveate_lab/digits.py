@@ -31,8 +31,8 @@ class DigitsDataset(ConversationDataset):
         size: int = Field(1000, ge=1, description="Number of scenes, and of samples.")
         seed: int = Field(0, ge=0, description="Other seeds give other scenes and questions.")
         clauses: tuple[Clause, ...] = Field(
-            CLAUSES, min_length=1, description="What a caption tells, in a random order: `digit` and `colour` of "
-            "every filled cell; where each of the ten `digits` is, and where each of the `colours`."
+            CLAUSES, min_length=1, description="What a caption tells, in a random order: the `digit` and the "
+            "`colour` of every cell."
         )  # fmt: skip
         questions: int = Field(1, ge=1, description="Questions per scene, all in one conversation.")
         kinds: tuple[Kind, ...] = Field(

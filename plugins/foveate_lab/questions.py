@@ -19,11 +19,12 @@ HELD_OUT_KINDS: tuple[Kind, ...] = ("presence", "identity", "colour", "count", "
 """The kinds that are evaluated. ``where`` is for training: it teaches to look a digit up."""
 
 
-Clause = Literal["digit", "colour", "digits", "colours"]
+Clause = Literal["digit", "colour"]
 CLAUSES: tuple[Clause, ...] = get_args(Clause)
-"""The parts of a caption: every filled cell's digit, its colour; where each of the ten digits is, where each colour."""
+"""The parts of a caption: what digit every cell holds, and in what colour."""
 
-NOWHERE = "nowhere"
+EMPTY = "none"
+"""Stands for the digit and the colour of an empty cell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +38,20 @@ class Question:
 
     @property
     def answer(self) -> str:
-        """The answer in a caption's words: ``Digit north 7``; ``Digits 7 north yes``; ``Colours red north east 2``."""
+        """The answer in a caption's words: ``Digit north 7``, or ``Colour northwest red red 1 … 2``."""
         return f"{self.restated} {self.value}"
 
 
 def caption(scene: Scene, rng: np.random.Generator, clauses: Sequence[Clause] = CLAUSES) -> str:
-    """``Digit north 7 east 3. Colour …. Digits 3 east 0 nowhere …. Colours red north east …``, all in random order.
+    """``Digit north 7 east none …. Colour east none north red ….``, clauses and entries in random order.
 
-    Every entry names what to look for and then what is found, places in reading order. What is found can be told from
-    the words before it and the picture, which is what makes a small model learn to look; answers to questions are
-    worded alike.
+    Every entry names what to look at and then what is there, so that it can be told from the word before it and the
+    picture alone. This is what makes a small model learn to look; answers to questions are worded alike.
     """
     parts = []
     for number in rng.permutation(len(clauses)).tolist():
         entries = _entries(scene, clauses[number])
-        words = [f"{entries[entry][0]} {entries[entry][1]}" for entry in rng.permutation(len(entries)).tolist()]
+        words = [entries[entry] for entry in rng.permutation(len(entries)).tolist()]
         parts.append(f"{clauses[number].capitalize()} {' '.join(words)}.")
     return " ".join(parts)
 
@@ -65,8 +65,7 @@ def ask(scene: Scene, kind: Kind, rng: np.random.Generator) -> Question:
         return _presence(scene, rng)
     if kind == "count":
         colour = _pick(scene.options.colours, rng)
-        count = sum(cell.colour == colour for cell in scene.cells)
-        return Question("count", f"How many are {colour}?", f"Colours {colour} {_places(scene, colour)}", str(count))
+        return Question("count", f"How many are {colour}?", *_scan(scene, "colour", colour))
     if kind == "comparison":
         one, two = _unequal_pair(scene.cells, rng)
         text = f"Is {one.place} larger than {two.place}?"
@@ -76,7 +75,8 @@ def ask(scene: Scene, kind: Kind, rng: np.random.Generator) -> Question:
         counts = Counter(cell.digit for cell in scene.cells)
         once = [digit for digit, count in counts.items() if count == 1]
         digit = _pick(once or list(counts), rng)
-        return Question("where", f"Where is the {digit}?", f"Digits {digit}", _places(scene, digit))
+        places = " ".join(cell.place for cell in scene.cells if cell.digit == digit)
+        return Question("where", f"Where is the {digit}?", f"Place {digit}", places)
     cell = _pick(scene.cells, rng)
     if kind == "identity":
         return Question("identity", f"Which digit is {cell.place}?", f"Digit {cell.place}", str(cell.digit))
@@ -102,20 +102,23 @@ def majority(answers: Iterable[str]) -> tuple[str, float]:
     return answer, count / counts.total()
 
 
-def _entries(scene: Scene, clause: Clause) -> list[tuple[str, str]]:
-    """What a clause tells: pairs of what is looked for and what is found."""
-    if clause == "digit":
-        return [(cell.place, str(cell.digit)) for cell in scene.cells]
-    if clause == "colour":
-        return [(cell.place, cell.colour) for cell in scene.cells]
-    if clause == "digits":
-        return [(str(digit), _places(scene, digit)) for digit in sorted({cell.digit for cell in scene.cells})]
-    return [(colour, _places(scene, colour)) for colour in sorted({cell.colour for cell in scene.cells})]
+def _entries(scene: Scene, clause: Clause) -> list[str]:
+    """What a clause tells of every cell in reading order: ``north 7``, ``east none``."""
+    found = {cell.place: str(cell.digit) if clause == "digit" else cell.colour for cell in scene.cells}
+    return [f"{place} {found.get(place, EMPTY)}" for place in scene.places]
 
 
-def _places(scene: Scene, sought: int | str) -> str:
-    """The places of a digit or a colour in reading order, or ``nowhere``."""
-    return " ".join(cell.place for cell in scene.cells if sought in (cell.digit, cell.colour)) or NOWHERE
+def _scan(scene: Scene, clause: Clause, sought: str) -> tuple[str, str]:
+    """An answer that needs to look everywhere: cell by cell what is there, what is sought, and the finding so far.
+
+    ``Digit northwest 3 7 no north 7 7 yes east none 7 …`` yes for any 7, ``Colour northwest red red 1 north none red 1
+    …`` 2 for the red ones. Each word can be told from the few before it and the picture; the last one is the value.
+    """
+    words, found = [clause.capitalize()], 0
+    for entry in _entries(scene, clause):
+        found += entry.endswith(f" {sought}")
+        words += [entry, sought, str(found) if clause == "colour" else "yes" if found else "no"]
+    return " ".join(words[:-1]), words[-1]
 
 
 def _presence(scene: Scene, rng: np.random.Generator) -> Question:
@@ -123,8 +126,7 @@ def _presence(scene: Scene, rng: np.random.Generator) -> Question:
     absent = [digit for digit in range(10) if digit not in present]
     yes = bool(rng.random() < 0.5) or not absent
     digit = _pick(present if yes else absent, rng)
-    restated = f"Digits {digit} {_places(scene, digit)}"
-    return Question("presence", f"Is there any {digit}?", restated, "yes" if yes else "no")
+    return Question("presence", f"Is there any {digit}?", *_scan(scene, "digit", str(digit)))
 
 
 def _unequal_pair(cells: tuple[Cell, ...], rng: np.random.Generator) -> tuple[Cell, Cell]:

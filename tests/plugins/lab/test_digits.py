@@ -48,8 +48,9 @@ def test_captions() -> None:
 
 
 def test_clauses_choose_what_captions_tell() -> None:
-    text = dataset(clauses=("digits", "colour"))[0].turns[1].text
-    assert sorted(part.split()[0] for part in text.split(". ")) == ["Colour", "Digits"]
+    both = dataset(clauses=("digit", "colour"))[0].turns[1].text
+    assert sorted(part.split()[0] for part in both.split(". ")) == ["Colour", "Digit"]
+    assert {dataset(clauses=("colour",))[index].turns[1].text.split()[0] for index in range(9)} == {"Colour"}
 
 
 def test_questions_share_one_picture_in_one_conversation() -> None:
