@@ -17,31 +17,28 @@ class FrozenParts:
 
     def __init__(self, full: torch.dtype, frozen: torch.dtype) -> None:
         self.full, self.frozen = full, frozen
-        self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._kept: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
 
     @torch.no_grad()
     def freeze(self, name: str, part: nn.Module) -> None:
         """Cast `part` to the frozen dtype; values that it cannot hold are kept aside."""
-        kept = self._kept.setdefault(name, [])
+        kept = self._kept.setdefault(name, {})
         for tensor in _floats(part):
             if tensor.dtype is self.full and not torch.equal(tensor.to(self.frozen).to(self.full), tensor):
-                kept.append((tensor, tensor.detach().to("cpu", copy=True)))
+                kept[id(tensor)] = tensor, tensor.detach().to("cpu", copy=True)
             tensor.data = tensor.data.to(self.frozen)
 
     def value(self, tensor: Tensor) -> Tensor:
         """The full-precision value behind a tensor of a part, frozen or not."""
-        for kept in self._kept.values():
-            for frozen, value in kept:
-                if frozen is tensor:
-                    return value
-        return tensor.detach()
+        found = [kept[id(tensor)][1] for kept in self._kept.values() if id(tensor) in kept]
+        return found[0] if found else tensor.detach()
 
     @torch.no_grad()
     def thaw(self, name: str, part: nn.Module) -> None:
         """Cast `part` to full precision, its values exactly as they were before `freeze`."""
         for tensor in _floats(part):
             tensor.data = tensor.data.to(self.full)
-        for tensor, value in self._kept.pop(name, []):
+        for tensor, value in self._kept.pop(name, {}).values():
             tensor.copy_(value)
 
 
