@@ -68,11 +68,6 @@ class StopRequest:
         self.requested = True
         self.__exit__()
 
-    def check(self, stage: str, step: int) -> None:
-        """Raises `Interrupted` if a stop was asked for."""
-        if self.requested:
-            raise Interrupted(f"stopped after step {step} of stage {stage}; the same command with --resume goes on")
-
 
 class DataRoom:
     """The data of a recipe: each source opened once, the tokenizer, and what the model's shape says of a sample."""
@@ -208,6 +203,7 @@ class Session:
         made = make_plan(recipe, data)
         AcceleratorState._reset_state()  # a process may train one recipe after another, in another precision
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # or launched processes would not know of each other
             mixed_precision="bf16" if recipe.precision.compute == "bf16" else "no",
             log_with=list(recipe.trackers) or None,
             project_dir=str(recipe.output),
@@ -217,11 +213,14 @@ class Session:
             data.preflight(stage)
         if accelerator.is_main_process:
             render(made, display)
+        else:
+            display = Display(quiet=True)
         set_seed(recipe.seed)
         lmm = build_lmm(plan, len(data.tokenizer))
         full = DTYPES["fp64" if recipe.precision.compute == "fp64" else "fp32"]
         lmm.to(device=accelerator.device, dtype=full)
         check_language_model(lmm.llm, accelerator.device)
+        accelerator.wait_for_everyone()  # all have seen the folder before the main process fills it
         run = Run.start(recipe, data.fingerprints(), resume=resume, main=accelerator.is_main_process)
         frozen = FrozenParts(full, DTYPES[recipe.precision.frozen])
         session = cls(

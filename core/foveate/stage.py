@@ -29,7 +29,7 @@ from foveate.optim import (
     set_learning_rates,
 )
 from foveate.recipe import Stage
-from foveate.session import Session
+from foveate.session import Interrupted, Session
 
 MOVEMENT_STEPS = 3
 """Steps after which a trained part that has not moved is an error."""
@@ -45,6 +45,7 @@ class StageLoop:
         self.optimizer = make_optimizer(self.parts, stage.weight_decay, stage.betas)
         self.step = 0
         self.learner: nn.Module = session.learner
+        self.stopping = False
 
     def _freeze_and_train(self) -> list[TrainedPart]:
         """Frozen parts into their dtype and evaluation mode, trained ones into full precision and training mode."""
@@ -83,9 +84,11 @@ class StageLoop:
                     metrics |= self._validate()
                 session.log(stage.name, self.step, metrics)
                 bar.advance(self.step, metrics)
-                if session.stop.requested or self._due(session.recipe.checkpoint_every):
+                if self.stopping or self._due(session.recipe.checkpoint_every):
                     self.save()
-                session.stop.check(stage.name, self.step)
+                if self.stopping and self.step < total:
+                    where = f"step {self.step} of stage {stage.name}"
+                    raise Interrupted(f"stopped after {where}; the same command with --resume goes on")
         self._finish()
 
     def _due(self, every: int | None) -> bool:
@@ -95,8 +98,12 @@ class StageLoop:
         """Forward and backward of every micro-batch, one division by the step's counts, one update."""
         session = self.session
         counts = session.sum_over_processes(
-            {**work.counts, "samples": work.samples, "images": work.images, "tokens": work.tokens}
-        )
+            {
+                **work.counts, "samples": work.samples, "images": work.images, "tokens": work.tokens,
+                "stop": session.stop.requested,
+            }
+        )  # fmt: skip
+        self.stopping = counts["stop"] > 0  # all processes stop after the same step
         sums: dict[str, Tensor] = {}
         suspects: list[tuple[Tensor, list[str]]] = []
         for number, batch in enumerate(work.batches, 1):

@@ -19,7 +19,7 @@ def gradients(learner: Learner, groups: list[list[object]]) -> tuple[float, dict
     for group in groups:
         loss = learner(pack(group)).terms["text"].total  # type: ignore[arg-type]
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total, {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
 
 
