@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.corpus import recipe_dict, write_recipe
 from torch import Tensor
 
 from foveate.model.build import load_lmm
+from tests.corpus import recipe_dict, write_recipe
 
 
 def launch(folder: Path, corpus: Path, processes: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
