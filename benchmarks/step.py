@@ -259,7 +259,11 @@ def run(case: dict[str, Any], repeats: int) -> dict[str, Any]:
         timed: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         for number in range(repeats):
             for name in list(sides)[:: 1 if number % 2 else -1]:
-                timed[name].append(sides[name].step(number % BATCHES))
+                try:
+                    timed[name].append(sides[name].step(number % BATCHES))
+                except MemoryError:  # others took what was left; what fitted before says nothing now
+                    result[name] = None
+                    del sides[name], timed[name]
     for name, steps in timed.items():
         result[name] |= {key: statistics.median(step[key] for step in steps) for key in ("seconds", "cpu_seconds")}
     if len(timed) == 2:
