@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from accelerate.utils import gather_object
 
-from foveate.errors import RunError
 from foveate.files import atomic_folder, write_json
 from foveate.metrics import Answer, Evaluation, evaluate
 from foveate.model.build import save_lmm
@@ -85,6 +84,3 @@ def evaluate_run(session: Session) -> list[Evaluation]:
             session.display.table(evaluation.title, evaluation.columns, evaluation.rows, evaluation.notes)
         write_json(session.run.folder / EVALUATION, [vars(evaluation) for evaluation in found])
     return found
-
-
-__all__ = ["Run", "RunError", "train"]
