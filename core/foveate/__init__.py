@@ -25,6 +25,15 @@ _LAZY = {
     "Options": "foveate.options",
     "ExistingPath": "foveate.options",
     "RecipePath": "foveate.options",
+    **dict.fromkeys(
+        (
+            "Edit", "EditInputs", "ImageRows", "LossTerm", "Moment", "ObjectiveContext", "ObjectiveOptions", "Outputs",
+            "Picture", "Reads", "Targets", "Teacher", "TeacherInputs", "TeacherSpec", "VisionObjective", "resize_rows",
+        ),
+        "foveate.objective",
+    ),
+    "TeacherChoice": "foveate.recipe_fields",
+    "EncoderChoice": "foveate.recipe_fields",
     "ConversationDataset": "foveate.data.dataset",
     "Encoder": "foveate.model.encoder",
     "Projector": "foveate.model.projector",

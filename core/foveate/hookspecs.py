@@ -41,6 +41,16 @@ def register_llms(register: Register) -> None:
 
 
 @hookspec
+def register_objectives(register: Register) -> None:
+    """Register subclasses of `foveate.VisionObjective`."""
+
+
+@hookspec
+def register_teachers(register: Register) -> None:
+    """Register subclasses of `foveate.Teacher`: frozen makers of targets that several objectives share."""
+
+
+@hookspec
 def register_datasets(register: Register) -> None:
     """Register subclasses of `foveate.ConversationDataset`."""
 
@@ -73,3 +83,8 @@ def stage_finished(run: Run, stage: str) -> None:
 @hookspec
 def checkpoint_saved(run: Run, stage: str, step: int, folder: str) -> None:
     """A checkpoint is complete in `folder`; called on the main process."""
+
+
+@hookspec
+def report_sections(run: Run) -> list[tuple[str, str]]:
+    """Sections of `RUN/report.html` as (title, HTML without scripts); called on the main process at the run's end."""

@@ -18,7 +18,7 @@ import pluggy
 from foveate import hookspecs
 from foveate.errors import PluginError
 
-KINDS = ("encoders", "projectors", "llms", "datasets", "metrics", "commands")
+KINDS = ("encoders", "projectors", "llms", "objectives", "teachers", "datasets", "metrics", "commands")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+)
 
 from foveate.explain import did_you_mean, each, explain, said
 from foveate.options import Options, recipe_folder
@@ -106,6 +114,16 @@ def _model_source(name: str | None, info: ValidationInfo) -> str | None:
         raise said(f"no such folder: {folders[0]}")
     return name
 
+
+TeacherChoice = Annotated[
+    Component, component("teachers"), PlainSerializer(lambda chosen: chosen.resolved() if chosen else None)
+]
+"""An option of an objective: a teacher's name (a preset or a type), or `type` and its options."""
+
+EncoderChoice = Annotated[
+    Component, component("encoders", "hf"), PlainSerializer(lambda chosen: chosen.resolved() if chosen else None)
+]
+"""An option of a teacher: an encoder's preset, or `type` (default `hf`) and its options."""
 
 Dtype = Literal["fp32", "bf16", "fp64"]
 Count = Annotated[int, Field(gt=0)]

@@ -15,7 +15,7 @@ from foveate.options import Options
 from foveate.plugins import KINDS, Plugins, installed_plugins
 from foveate.yaml_tree import Block, Problem, merge, plain, read_yaml, shown
 
-SECTIONS = tuple(dict.fromkeys((*KINDS, "objectives")))
+SECTIONS = KINDS
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,11 @@ class ImageRecord:
     """One image of a sample, as every objective sees it.
 
     `start` is its first visual token's position: in the sample while a `Sample`, in the packed row once in a
-    `Batch`; -1 for a `target` image. `grid` is the grid of visual tokens. `content` is the box of the square that is
-    not padding, as fractions (left, top, right, bottom) of its side.
+    `Batch`; -1 for a `target` image. `grid` is the grid of visual tokens. `content` is the box of the area under the
+    grid that is not padding, as fractions (left, top, right, bottom) of its sides. `opens`: nothing stands before its
+    visual tokens in the sample. `occurrence` tells apart a sample's appearances in one step. `objectives`: names of the
+    active objectives that it is for. `extra`: objective → (position, number) of its extra tokens, counted like `start`.
+    `dummy`: a stand-in where a row lacks an image; whatever is computed of it counts zero.
     """
 
     sample_id: str
@@ -94,11 +97,20 @@ class ImageRecord:
     grid: Grid
     start: int
     content: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    opens: bool = False
+    occurrence: int = 0
+    objectives: tuple[str, ...] = ()
+    extra: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    dummy: bool = False
 
     @property
     def tokens(self) -> int:
         """Visual tokens of the image in the LLM's input: h*w, or 0 for a `target` image."""
         return self.grid[0] * self.grid[1] if self.role == "input" else 0
+
+    def rows(self, shift: int = 0) -> int:
+        """Visual tokens that have a state: all, but the first where the image opens its sample and `shift` is 1."""
+        return self.tokens - bool(self.tokens and shift and self.opens)
 
 
 @dataclass

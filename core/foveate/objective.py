@@ -1,0 +1,468 @@
+"""The contract of an objective: all that an author writes, all that core hands over, and what core promises for it.
+
+An objective is a loss on the visual side of an LMM, its trainable head and, where targets are not the model's own, its
+frozen teacher. Subclass `VisionObjective`; write `Options`, the head and `loss`. Everything else has a default.
+
+Core promises: sums are divided by the counts of the whole step over all processes; noise is a pure function of (seed,
+stage, step, image, objective, name); rows of different samples never mix; a process without an image runs the loss on
+a dummy picture and multiplies it by zero; teachers are never trained, sharded or saved. So neither the number of
+processes, nor the packing, nor another objective changes a gradient.
+
+Shapes: I images of one micro-batch that the objective applies to, N = h*w visual tokens of one image, R their rows,
+image after image (the sum of all N), D width of the LLM, E width of the encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from foveate.errors import ModelError
+from foveate.options import Options
+from foveate.types import EncoderSpec, Grid, ImageRecord, ImageRole
+
+Layer = int | float
+"""0: a stack's inputs; k: after its block k; -1: its end (the LLM's final norm; the features that the projector reads);
+-2: after the last block but one; 0.5: at half the depth."""
+
+AttentionWish = Literal["causal", "image_bidirectional", "prefix_bidirectional", "groups"]
+"""Who sees whom in the LLM. `image_bidirectional`: the visual tokens of an image see each other.
+`prefix_bidirectional`: so do all tokens before a sample's first supervised one. `groups`: as `image_bidirectional`, but
+a visual token sees of its image only group 0 and its own group (`Edit.groups`). Everything else stays causal; text sees
+all that is before it."""
+
+
+class ObjectiveOptions(Options):
+    """What every objective can be told in a recipe. Subclasses add fields, each with a description."""
+
+    weight: float = Field(1.0, ge=0, description="Weight of its mean in the loss.")
+    start_step: int = Field(0, ge=0, description="First step of a stage that it takes part in, counted from 0.")
+    end_step: int | None = Field(None, gt=0, description="First step of a stage that it no longer takes part in.")
+    probability: float = Field(1.0, gt=0, le=1, description="Share of steps that it takes part in, drawn by the seed.")
+    from_model: bool = Field(True, description="Start from the head that `model.from` holds under its name, if any.")
+
+
+@dataclass(frozen=True)
+class ObjectiveContext:
+    """The model that an objective is built for, as numbers.
+
+    `name`: the objective's, in the recipe. `visual_grid`: visual tokens of an image. `encoder`: its grid, width and
+    image size. `seed`: the recipe's; core seeds torch with it and the name before `__init__`.
+    """
+
+    name: str
+    llm_width: int
+    llm_layers: int
+    visual_grid: Grid
+    encoder: EncoderSpec
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Which states an objective reads.
+
+    `llm`, `encoder`: layers for `Outputs.states` and `Outputs.encoder_states`. `teacher`: layers of the model's own
+    encoder for `TeacherInputs.encoder_states`; refused in stages that train the encoder. With `shift=1` each visual
+    token gets the state of the token *before* it; where an image opens its sample its first row is dropped.
+    """
+
+    llm: tuple[Layer, ...] = (-1,)
+    encoder: tuple[Layer, ...] = ()
+    teacher: tuple[Layer, ...] = ()
+    shift: Literal[0, 1] = 0
+
+
+@dataclass
+class LossTerm:
+    """A part of the loss on one micro-batch: its **sum** over units, and named metrics as (sum, count).
+
+    A metric's name must not depend on the batch: all processes report the same names.
+    """
+
+    total: Tensor
+    metrics: dict[str, tuple[Tensor | float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture for people, and its title."""
+
+    title: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When something random happens: the recipe's seed, the stage, and the optimizer step in it."""
+
+    seed: int = 0
+    stage: str = ""
+    step: int = 0
+
+    def seed_of(self, *names: object) -> int:
+        """A seed for `torch.Generator` that depends on the moment and on `names`, and on nothing else."""
+        key = repr((self.seed, self.stage, self.step, *names)).encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """One image: its record, and where its rows lie.
+
+    `dropped`: 1 where the first visual token has no state before it (`shift=1`), and so no row; else 0. `extra`: the
+    rows of its extra tokens.
+    """
+
+    record: ImageRecord
+    rows: slice
+    extra: slice = slice(0, 0)
+    dropped: int = 0
+
+
+class Rows:
+    """The images of a micro-batch that an objective applies to, their rows, and a random stream for each image."""
+
+    def __init__(self, images: Sequence[ImageRows], objective: str, moment: Moment, like: Tensor):
+        self.images = tuple(images)
+        self._objective, self._moment, self._like = objective, moment, like
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """`[R, …]` → one tensor `[rows of the image, …]` an image."""
+        return list(rows.split([image.rows.stop - image.rows.start for image in self.images]))
+
+    def per_image_mean(self, rows: Tensor) -> Tensor:
+        """`[R, …]` → `[I, …]`, the mean over each image's rows (0 for an image without rows)."""
+        sizes = torch.tensor([image.rows.stop - image.rows.start for image in self.images], device=rows.device)
+        owner = torch.arange(len(self.images), device=rows.device).repeat_interleave(sizes)
+        sums = rows.new_zeros(len(self.images), *rows.shape[1:]).index_add(0, owner, rows)
+        return sums / sizes.clamp_min(1).reshape(-1, *[1] * (rows.ndim - 1)).to(rows.dtype)
+
+    @property
+    def valid(self) -> Tensor:
+        """`[R]` bool: rows whose visual token does not lie in padding."""
+        cells = [_inside(image.record)[image.dropped :] for image in self.images if _has_rows(image)]
+        return torch.cat([torch.zeros(0, dtype=torch.bool), *cells]).to(self._like.device)
+
+    def generator(self, image: int, name: str) -> torch.Generator:
+        """A fresh CPU generator for image number `image`: the same numbers for the same name, whatever else runs."""
+        record = self.images[image].record
+        key = (record.sample_id, record.occurrence, record.index, self._objective, name)
+        return torch.Generator().manual_seed(self._moment.seed_of(*key))
+
+    def randn(self, *shape: int, name: str) -> Tensor:
+        """Normal noise `[I, *shape]`, from each image's own generator."""
+        drawn = [self._randn(image, name, shape) for image in range(len(self.images))]
+        return torch.stack(drawn) if drawn else self._like.new_zeros(0, *shape)
+
+    def randn_rows(self, *shape: int, name: str) -> Tensor:
+        """Normal noise `[R, *shape]`, from each image's own generator."""
+        sizes = [(at, image.dropped + image.rows.stop - image.rows.start) for at, image in enumerate(self.images)]
+        drawn = [self._randn(at, name, (size, *shape))[self.images[at].dropped :] for at, size in sizes]
+        return torch.cat([self._like.new_zeros(0, *shape), *drawn])
+
+    def _randn(self, image: int, name: str, shape: tuple[int, ...]) -> Tensor:
+        noise = torch.randn(shape, generator=self.generator(image, name), dtype=torch.float32)
+        return noise.to(self._like.device, self._like.dtype)
+
+
+class EditInputs(Rows):
+    """What an editor sees before the LLM runs: `tokens` `[R, D]`, and `edited` `[R]`, those that others changed."""
+
+    def __init__(self, images: Sequence[ImageRows], objective: str, moment: Moment, tokens: Tensor, edited: Tensor):
+        super().__init__(images, objective, moment, tokens)
+        self.tokens, self.edited = tokens, edited
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit of the visual tokens, made out of place.
+
+    `tokens` `[R, D]`; `edited` `[R]` bool: which rows of it are used, the others stay bit for bit what they were.
+    Unless `keep_norm` is False, a used row gets the norm of the token that it replaces. `groups` `[R]` int64: for the
+    attention wish `groups`. `state` comes back in `loss`.
+    """
+
+    tokens: Tensor
+    edited: Tensor
+    state: Any = None
+    groups: Tensor | None = None
+    keep_norm: bool = True
+
+
+class Outputs(Rows):
+    """What the model made of a micro-batch, as one objective sees it. Float32 (or 64), autocast off.
+
+    `visual_tokens` `[R, D]`: the LLM's inputs before any edit. `edited` `[R]` bool: rows that an editor changed.
+    `teacher`: where the objective says `teacher_in_loss`; frozen, but gradients flow through it. `pixels`
+    `[I, 3, H, W]`: the encoder's, where it says `pixels_in_loss`.
+    """
+
+    def __init__(
+        self, images: Sequence[ImageRows], objective: str, moment: Moment, *, visual_tokens: Tensor, edited: Tensor,
+        states: Callable[[Layer], Tensor], extra_states: Callable[[Layer], Tensor],
+        encoder_states: Callable[[Layer], Tensor], encoder_grid: Grid, teacher: nn.Module | None = None,
+        pixels: Tensor | None = None,
+    ):  # fmt: skip
+        super().__init__(images, objective, moment, visual_tokens)
+        self.visual_tokens, self.edited, self.encoder_grid = visual_tokens, edited, encoder_grid
+        self.teacher, self.pixels = teacher, pixels
+        self._states, self._extra_states, self._encoder_states = states, extra_states, encoder_states
+
+    def states(self, layer: Layer = -1) -> Tensor:
+        """The visual outputs `[R, D]`: the LLM's states at a layer that `reads` declares, shifted as it declares."""
+        return self._states(layer)
+
+    def extra_states(self, layer: Layer = -1) -> Tensor:
+        """The LLM's states at the extra tokens, `[all extra tokens, D]`, image after image; never shifted."""
+        return self._extra_states(layer)
+
+    def encoder_states(self, layer: Layer = -1) -> Tensor:
+        """The encoder's states `[I*eh*ew, E]` on its own grid `encoder_grid` = (eh, ew), without gradient."""
+        return self._encoder_states(layer)
+
+    def on_visual_grid(self, rows: Tensor, grid: Grid) -> Tensor:
+        """Values `[I*gh*gw, …]` on `grid` of each image → `[R, …]`: interpolated, dropped rows left out."""
+        parts = rows.split(grid[0] * grid[1])
+        moved = [resize_rows(part, grid, image.record.grid) for part, image in zip(parts, self.images, strict=True)]
+        kept = [part[image.dropped :] for part, image in zip(moved, self.images, strict=True) if _has_rows(image)]
+        return torch.cat(kept) if kept else rows[:0]
+
+
+class Targets(Sequence[Mapping[str, Tensor]]):
+    """The records that `encode_target` made, one an image, in the order of `Outputs.images`."""
+
+    def __init__(self, records: Sequence[Mapping[str, Tensor]], images: Sequence[ImageRows]):
+        self._records, self._images = tuple(records), tuple(images)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, image: Any) -> Any:
+        return self._records[image]
+
+    def stack(self, name: str) -> Tensor:
+        """The entry `name` of every record, `[I, …]`; all must have one shape."""
+        return torch.stack([record[name] for record in self._records])
+
+    def rows(self, name: str) -> Tensor:
+        """The entry `name`, `[N, …]` in each record, as `[R, …]`: row for row what belongs to `Outputs.states`.
+
+        Raises `ModelError` where a record has another number of rows than its image has visual tokens.
+        """
+        parts = []
+        for record, image in zip(self._records, self._images, strict=True):
+            tokens, found = image.record.grid[0] * image.record.grid[1], len(record[name])
+            if found != tokens:
+                where = f"image {image.record.index} of sample '{image.record.sample_id}'"
+                raise ModelError(f"{where}: {found} rows of target '{name}' for {tokens} visual tokens")
+            parts += [record[name][image.dropped :]] if _has_rows(image) else []
+        return torch.cat(parts)
+
+
+class TeacherInputs:
+    """Pictures for a teacher. `prepared`: what `prepare_image` made, one an image, on the teacher's device."""
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        prepared: Sequence[Mapping[str, Tensor]],
+        encoder_states: Callable[[Layer], Tensor] | None = None,
+        encoder_grid: Grid = (0, 0),
+    ):
+        self.records, self.prepared, self.encoder_grid = tuple(records), tuple(prepared), encoder_grid
+        self._encoder_states = encoder_states
+
+    def stack(self, name: str) -> Tensor:
+        """The entry `name` of every picture, `[I, …]`."""
+        return torch.stack([views[name] for views in self.prepared])
+
+    def encoder_states(self, layer: Layer = -1) -> Tensor:
+        """The model's own frozen encoder at a layer that `Reads.teacher` declares: `[I*eh*ew, E]`; no second pass."""
+        if self._encoder_states is None:
+            raise ModelError("the teacher reads the model's encoder, but `Reads.teacher` declares no layer")
+        return self._encoder_states(layer)
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What a teacher makes: `width` of a target row, `grid` of rows of an image, `image_size` (height, width) that it
+    sees, in pixels."""
+
+    width: int
+    grid: Grid
+    image_size: tuple[int, int]
+
+
+class Teacher(nn.Module):
+    """A frozen maker of targets that recipes name and several objectives share; registered by `register_teachers`.
+
+    Two objectives that name the same teacher with the same options share one, and its targets are made once.
+    """
+
+    Options: type[Options] = Options
+
+    @classmethod
+    def describe(cls, options: Any, context: ObjectiveContext) -> TeacherSpec:
+        """What it makes for this model, without weights. Raises `ModelError` where it cannot."""
+        raise NotImplementedError
+
+    @classmethod
+    def encoder_layers(cls, options: Any) -> tuple[Layer, ...]:
+        """Layers of the model's own encoder that `encode` reads."""
+        return ()
+
+    @classmethod
+    def prepare_image(cls, options: Any, image: Image.Image, record: ImageRecord) -> dict[str, Tensor]:
+        """As `VisionObjective.prepare_image`."""
+        return {}
+
+    def __init__(self, options: Any, context: ObjectiveContext):
+        super().__init__()
+        self.options, self.context = options, context
+
+    @abstractmethod
+    def encode(self, inputs: TeacherInputs) -> list[dict[str, Tensor]]:
+        """As `VisionObjective.encode_target`."""
+
+    def decode(self, target: Tensor) -> Tensor:
+        """Target rows of images, `[I, N, width]`, back to pixels in 0…1, `[I, 3, H, W]`, where the teacher can."""
+        raise ModelError(f"teacher {type(self).__name__} has no decoder")
+
+    def fit(self, batches: Iterable[TeacherInputs]) -> Mapping[str, float] | None:
+        """As `VisionObjective.fit_teacher`."""
+        return None
+
+
+class VisionObjective(nn.Module):
+    """Base of objectives. Trainable parts are its sub-modules, in float32; a recipe names them (`victor.pool`).
+
+    Whatever belongs to one batch is an argument and never an attribute: a module keeps parameters and buffers only.
+    Class methods see options and metadata alone, because loader processes carry no weights.
+    """
+
+    Options: type[ObjectiveOptions] = ObjectiveOptions
+    role: ClassVar[ImageRole] = "input"
+    """The images it applies to: those that the model sees, or `target` images, which it does not see."""
+    teacher_in_loss: ClassVar[bool] = False
+    """`Outputs.teacher` is given: gradients flow through it (a decoder), never to its parameters."""
+    pixels_in_loss: ClassVar[bool] = False
+    """`Outputs.pixels` are given."""
+    batch_dependent: ClassVar[bool] = False
+    """The loss compares images of a batch with each other, so it depends on the packing. Said in the plan."""
+
+    def __init__(self, options: Any, context: ObjectiveContext):
+        super().__init__()
+        self.options, self.context = options, context
+
+    # What it reads and changes in the model, known from its options alone.
+
+    @classmethod
+    def reads(cls, options: Any) -> Reads:
+        """Layers and shift. Default: the LLM's last states, unshifted."""
+        return Reads()
+
+    @classmethod
+    def attention(cls, options: Any) -> AttentionWish:
+        """Its wish for the LLM's attention in the steps that it takes part in; two different wishes are an error."""
+        return "causal"
+
+    @classmethod
+    def extra_tokens(cls, options: Any, record: ImageRecord) -> int:
+        """How many learned tokens follow the image's visual tokens (those of a `target` image end the sample)."""
+        return 0
+
+    @classmethod
+    def count(cls, options: Any, record: ImageRecord) -> float:
+        """How many units of the loss an image brings; the step's sum is divided by it. Default: its rows."""
+        return record.rows(cls.reads(options).shift)
+
+    # Its teacher: frozen, owned by core. An option `teacher: TeacherChoice` makes all of these defaults work.
+
+    @classmethod
+    def prepare_image(cls, options: Any, image: Image.Image, record: ImageRecord) -> dict[str, Tensor]:
+        """What the teacher wants of a picture; runs in a loader process.
+
+        `image` is the raw RGB picture in the model's geometry: padded or cropped like the encoder's input, but in its
+        own resolution, and exactly the area that `record.grid` covers. CPU tensors out.
+        """
+        chosen = getattr(options, "teacher", None)
+        return {} if chosen is None else chosen.cls.prepare_image(chosen.options, image, record)
+
+    def build_teacher(self) -> nn.Module | None:
+        """The teacher, or None. Core calls it once, freezes what it returns and keeps it outside this module."""
+        chosen = getattr(self.options, "teacher", None)
+        return None if chosen is None else chosen.cls(chosen.options, self.context)
+
+    def teacher_fingerprint(self) -> str:
+        """What the targets depend on; equal fingerprints share a teacher and its targets."""
+        chosen = getattr(self.options, "teacher", None)
+        own = self.options.model_dump(mode="json") if chosen is None else chosen.resolved()
+        maker = f"{type(self).__module__}.{type(self).__qualname__}" if chosen is None else ""
+        text = json.dumps([maker, own, self.context.visual_grid, vars(self.context.encoder)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def encode_target(self, teacher: Any, inputs: TeacherInputs) -> list[dict[str, Tensor]]:
+        """One record an image, **deterministic** (sampling belongs in `loss`); runs without gradients."""
+        return teacher.encode(inputs) if isinstance(teacher, Teacher) else [{} for _ in inputs.records]
+
+    def fit_teacher(self, teacher: Any, batches: Iterable[TeacherInputs]) -> Mapping[str, float] | None:
+        """Fit the teacher to the user's pictures, before the first stage that uses the objective.
+
+        `batches`: the stage's pictures in seeded order, again and again; take as many as needed. Returns what to tell
+        about the fit, which core then keeps in the run folder; None (and nothing taken): there was nothing to fit.
+        """
+        return teacher.fit(batches) if isinstance(teacher, Teacher) else None
+
+    # Around the LLM.
+
+    def edit_visual_tokens(self, inputs: EditInputs) -> Edit | None:
+        """New visual tokens for the LLM, out of place. Several editors run in the recipe's order."""
+        return None
+
+    def embed_extra_tokens(self, images: Sequence[ImageRows]) -> Tensor:
+        """The LLM's inputs at the extra tokens of `images`, `[all extra tokens, D]`, image after image."""
+        raise ModelError(f"{type(self).__name__} declares extra_tokens and has no embed_extra_tokens")
+
+    # The loss.
+
+    @abstractmethod
+    def loss(self, outputs: Outputs, targets: Targets, state: Any) -> LossTerm:
+        """The **sum** of the loss over all units; `state` is that of its edit, or None. Finite for any picture."""
+
+    def visualize(self, outputs: Outputs, targets: Targets, state: Any) -> list[Picture]:
+        """What it learned, for people: shown by ``foveate show`` and at the end of a run. Runs without gradients."""
+        return []
+
+    def after_step(self, step: int) -> None:
+        """Called on every process after an optimizer step that it took part in: averages, revival of dead rows."""
+
+
+def resize_rows(rows: Tensor, grid: Grid, to: Grid) -> Tensor:
+    """Values of one image on `grid`, `[gh*gw, …]`, on the grid `to`: bilinear, averaging where it shrinks."""
+    if grid == to:
+        return rows
+    flat = rows.reshape(1, *grid, -1).permute(0, 3, 1, 2)
+    moved = F.interpolate(flat, size=to, mode="bilinear", align_corners=False, antialias=True)
+    return moved.permute(0, 2, 3, 1).reshape(to[0] * to[1], *rows.shape[1:])
+
+
+def _has_rows(image: ImageRows) -> bool:
+    return image.record.role == "input"
+
+
+def _inside(record: ImageRecord) -> Tensor:
+    """`[N]` bool: the centre of the visual token lies in the record's content box."""
+    (rows, columns), (left, top, right, bottom) = record.grid, record.content
+    y, x = (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns
+    return ((top <= y) & (y <= bottom))[:, None].logical_and((left <= x) & (x <= right)).flatten()
