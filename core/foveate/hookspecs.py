@@ -88,3 +88,4 @@ def checkpoint_saved(run: Run, stage: str, step: int, folder: str) -> None:
 @hookspec
 def report_sections(run: Run) -> list[tuple[str, str]]:
     """Sections of `RUN/report.html` as (title, HTML without scripts); called on the main process at the run's end."""
+    return []
