@@ -126,7 +126,7 @@ class ImageRows:
 
     record: ImageRecord
     rows: slice
-    extra: slice = slice(0, 0)
+    extra: slice = field(default_factory=lambda: slice(0, 0))
     dropped: int = 0
 
 

@@ -7,7 +7,7 @@ positions, V visual tokens of a row, I images of a row, N = h*w visual tokens of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,7 +119,7 @@ class Sample:
 
     `input_ids` and `labels` are `[L]` int64 tensors on the CPU; `labels[i]` is the token at `i` itself where it is
     supervised and `IGNORE_INDEX` elsewhere (the shift by one happens when packing). `pixels` holds one `[3, H, W]`
-    tensor an image, empty until the pictures are opened.
+    tensor an image and `views` what teachers want of it, both empty until the pictures are opened.
     """
 
     id: str
@@ -128,6 +128,7 @@ class Sample:
     images: list[ImageRecord]
     refs: tuple[ImageRef, ...] = ()
     pixels: list[Tensor] = field(default_factory=list)
+    views: list[Mapping[str, Mapping[str, Tensor]]] = field(default_factory=list)
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -153,6 +154,8 @@ class Batch:
     - `visual_positions` `[V]`: positions of the `input` images' visual tokens, image after image.
     - `images`: one record an image, `start` counted in the row.
     - `sample_ids`, `metas`: one entry a sample. `sample_targets` `[S]`: which sample a target belongs to.
+    - `prompts`: tokens of each sample before its first supervised one.
+    - `rows`: objective → where its images lie. `views`: one mapping an image, what teachers want of it.
     - `dummy`: the row stands in for a rank that has nothing left; it counts zero.
     """
 
@@ -167,18 +170,28 @@ class Batch:
     images: list[ImageRecord]
     sample_ids: list[str]
     metas: list[Mapping[str, Any]]
+    prompts: tuple[int, ...] = ()
+    rows: Mapping[str, Any] = field(default_factory=dict)
+    views: list[Mapping[str, Mapping[str, Tensor]]] = field(default_factory=list)
     dummy: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return Batch(**{**vars(self), **moved})
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, so that its transfer overlaps with compute."""
-        pinned = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Batch(**{**vars(self), **pinned})
+        return _each_tensor(self, Tensor.pin_memory)
+
+
+def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest of data classes, mappings and lists, each tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _each_tensor(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_each_tensor(item, change) for item in value]
+    if is_dataclass(value) and not isinstance(value, type | ImageRecord):
+        return replace(value, **{item.name: _each_tensor(getattr(value, item.name), change) for item in fields(value)})
+    return value

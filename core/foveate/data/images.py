@@ -51,6 +51,33 @@ def to_pixels(image: Image.Image, spec: EncoderSpec, geometry: Geometry) -> Tens
     return make.rescale_and_normalize(array, True, make.rescale_factor, True, make.image_mean, make.image_std)[0]
 
 
+def covered(spec: EncoderSpec) -> tuple[float, float]:
+    """The share of the encoder's square, down and across, that its patches cover: a rest at the end is not read."""
+    size, (rows, columns) = spec.image_size, spec.grid
+    down, across = (size // count * count / size if count <= size else 1.0 for count in (rows, columns))
+    return down, across if rows > 1 else 1.0  # a row of features with CLS tokens has no geometry
+
+
+def aligned(image: Image.Image, spec: EncoderSpec, geometry: Geometry) -> Image.Image:
+    """An RGB picture in its own resolution, exactly the area that the encoder's grid covers.
+
+    Padded with the encoder's mean colour (`pad`), cut to a square (`crop`), or as it is (`resize`, which squashes).
+    """
+    if geometry == "pad" and image.width != image.height:
+        colour = tuple(round(255 * mean) for mean in spec.mean)
+        square, side = Image.new("RGB", (max(image.size),) * 2, colour), max(image.size)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    elif geometry == "crop":
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    down, across = covered(spec)
+    if (down, across) == (1.0, 1.0):
+        return image
+    return image.crop((0, 0, round(image.width * across), round(image.height * down)))
+
+
 def content_box(size: tuple[int, int], geometry: Geometry) -> tuple[float, float, float, float]:
     """The box (left, top, right, bottom) of the square that is not padding, as fractions; `size` is (width, height)."""
     side, left, top = max(size), (max(size) - size[0]) // 2, (max(size) - size[1]) // 2

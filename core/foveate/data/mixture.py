@@ -16,12 +16,16 @@ _SUBSET, _EXTRA, _ORDER = range(3)
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set, how often it appears in an epoch, and how many of its samples are used at most."""
+    """A data set, how often it appears in an epoch, and how many of its samples are used at most.
+
+    `objectives`: those that apply to its images; None: all that are active.
+    """
 
     dataset: ConversationDataset
     weight: float = 1.0
     max_samples: int | None = None
     name: str = "data"
+    objectives: tuple[str, ...] | None = None
 
 
 class Mixture:

@@ -1,18 +1,17 @@
 """Packing samples end to end into one row, and dealing a step's samples to ranks and micro-batches."""
 
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
 import torch
 
-from foveate.data.sample import SampleRules
+from foveate.data.views import ObjectiveRule, rows_of
 from foveate.types import IGNORE_INDEX, Batch, ImageRecord, Sample
 
 
-def pack(samples: Sequence[Sample]) -> Batch:
+def pack(samples: Sequence[Sample], objectives: Sequence[ObjectiveRule] = ()) -> Batch:
     """One row of whole samples, longest first, so that equal lengths, which share a kernel call, stand side by side.
 
     Labels move by one here: a position's target is its *next* token, and never a token of the next sample.
@@ -25,7 +24,7 @@ def pack(samples: Sequence[Sample]) -> Batch:
     labels[firsts] = IGNORE_INDEX
     supervised = (labels != IGNORE_INDEX).nonzero().flatten()
     records = [(record, start) for sample, start in zip(samples, starts, strict=True) for record in sample.images]
-    images = [replace(r, start=r.start + start) if r.role == "input" else r for r, start in records]
+    images = [_moved(record, start) for record, start in records]
     visual = [torch.arange(record.start, record.start + record.tokens) for record in images]
     pixels = [picture for sample in samples for picture in sample.pixels]
     return Batch(
@@ -40,15 +39,23 @@ def pack(samples: Sequence[Sample]) -> Batch:
         images=images,
         sample_ids=[sample.id for sample in samples],
         metas=[sample.meta for sample in samples],
+        prompts=tuple(_prompt(sample) for sample in samples),
+        rows={rule.name: rows for rule in objectives if (rows := rows_of(rule, images)) is not None},
+        views=[views for sample in samples for views in sample.views or [{}] * len(sample.images)],
+        dummy=all(sample.images and sample.images[0].dummy for sample in samples),
     )
 
 
-def dummy_batch(rules: SampleRules) -> Batch:
-    """One grey image and nothing supervised: what a rank computes, and counts as zero, when it has no sample left."""
-    ids, side = torch.full((math.prod(rules.visual_grid),), rules.image_token_id), rules.encoder.image_size
-    record = ImageRecord("dummy", 0, "input", rules.visual_grid, 0)
-    sample = Sample("dummy", ids, torch.full_like(ids, IGNORE_INDEX), [record], pixels=[torch.zeros(3, side, side)])
-    return replace(pack([sample]), dummy=True)
+def _moved(record: ImageRecord, start: int) -> ImageRecord:
+    """The record with positions counted in the row."""
+    extra = {name: (place + start, count) for name, (place, count) in record.extra.items()}
+    return replace(record, start=record.start + start * (record.role == "input"), extra=extra)
+
+
+def _prompt(sample: Sample) -> int:
+    """Tokens before the first supervised one; all where there is none."""
+    supervised = (sample.labels != IGNORE_INDEX).nonzero()
+    return int(supervised[0]) if len(supervised) else sample.length
 
 
 def deal(lengths: Sequence[int], world: int, budget: int) -> list[list[list[int]]]:

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from foveate.data.dataset import SampleError
 from foveate.data.mixture import Mixture, Source
-from foveate.data.packing import deal, dummy_batch, pack
-from foveate.data.sample import SampleRules, build_sample, load_pixels
-from foveate.errors import DataError
+from foveate.data.packing import deal, pack
+from foveate.data.sample import SampleRules, build_sample, load_pixels, stand_ins
+from foveate.data.views import counts_of
+from foveate.errors import DataError, FoveateError
 from foveate.types import Batch, Sample
 
 
@@ -22,7 +23,7 @@ from foveate.types import Batch, Sample
 class StepBatches:
     """This rank's share of one optimizer step.
 
-    `batches`: as many as on every other rank. `counts`: units of each part of the loss, here `text`, supervised tokens.
+    `batches`: as many as on every other rank. `counts`: units of each part of the loss, of `text` supervised tokens.
     `skipped`: why places of the step stayed empty, each told by one rank; `bad` of them are defects, others too long.
     """
 
@@ -39,7 +40,7 @@ class StepBatches:
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
-class StageData(Dataset[StepBatches | DataError]):
+class StageData(Dataset[StepBatches | FoveateError]):
     """Optimizer steps by number; `steps` loads them in workers.
 
     A step takes `batch_size` places of the mixture over all ranks (an epoch's last may be short). Every rank tokenizes
@@ -70,9 +71,9 @@ class StageData(Dataset[StepBatches | DataError]):
         """The steps from `start` on; nothing before is read. One iteration at a time. Raises `DataError`."""
         self._order[:] = range(start, self.total_steps)
         bad, reasons, planned = 0, list[str](), self.total_steps * self.batch_size / self.world
-        error: DataError | None = None
+        error: FoveateError | None = None
         for number, item in enumerate(self._loader, 1):
-            if isinstance(item, DataError):
+            if isinstance(item, FoveateError):
                 error = item  # as it was raised, without the worker's traceback
                 if isinstance(item, SampleError):
                     advice = "Mend it (`foveate data check RECIPE` lists all), or set on_bad_sample: skip."
@@ -89,7 +90,7 @@ class StageData(Dataset[StepBatches | DataError]):
             self._loader._iterator = None  # ends the workers now, not when the traceback is garbage
             raise error
 
-    def __getitem__(self, step: int) -> StepBatches | DataError:
+    def __getitem__(self, step: int) -> StepBatches | FoveateError:
         epoch, place = divmod(step, self.steps_per_epoch)
         places = range(place * self.batch_size, min((place + 1) * self.batch_size, len(self.mixture)))
         result, outlines = StepBatches(), list[Sample]()
@@ -100,18 +101,22 @@ class StageData(Dataset[StepBatches | DataError]):
                 samples = list[Sample]()
                 for number in group:
                     samples += self._sound(result, True, load_pixels, outlines[number], self.rules)
-                result.batches.append(pack(samples) if samples else dummy_batch(self.rules))
+                result.batches.append(pack(samples + stand_ins(samples, self.rules), self.rules.objectives))
                 result.samples += len(samples)
                 result.images += sum(len(sample.images) for sample in samples)
                 result.tokens += sum(sample.length for sample in samples)
                 result.counts["text"] += result.batches[-1].target_ids.numel()
-        except DataError as error:
+                for name, units in counts_of(samples, self.rules.objectives).items():
+                    result.counts[name] = result.counts.get(name, 0.0) + units
+        except FoveateError as error:
             return error
         return result
 
     def _outline(self, epoch: int, place: int) -> Sample:
-        source, index = self.mixture.sample_at(epoch, place)
-        return build_sample(self.mixture.sources[source].dataset[index], self.rules)
+        number, index = self.mixture.sample_at(epoch, place)
+        source = self.mixture.sources[number]
+        sample = build_sample(source.dataset[index], self.rules, source.objectives)
+        return replace(sample, images=[replace(record, occurrence=place) for record in sample.images])
 
     def _sound(self, result: StepBatches, told: bool, make: Callable[..., Sample], *arguments: Any) -> list[Sample]:
         """What `make` makes, or nothing where the recipe lets the place of a defective sample stay empty."""

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from foveate.data.packing import deal, dummy_batch, pack
-from foveate.data.sample import SampleRules, build_sample, load_pixels
+from foveate.data.packing import deal, pack
+from foveate.data.sample import SampleRules, build_sample, load_pixels, stand_ins
 from foveate.types import IGNORE_INDEX, Conversation, Sample
 
 
@@ -71,7 +71,7 @@ def test_equal_lengths_stand_side_by_side() -> None:
 
 def test_a_dummy_row_counts_nothing(make_rules: Callable[..., SampleRules]) -> None:
     rules = make_rules()
-    batch = dummy_batch(rules)
+    batch = pack(stand_ins([], rules))
     assert batch.dummy and batch.target_ids.numel() == 0 and batch.pixels.shape == (1, 3, 48, 48)
     assert batch.lengths == (4,) and batch.visual_positions.tolist() == [0, 1, 2, 3]
     assert not pack([build_sample_of(rules)]).dummy
