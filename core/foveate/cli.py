@@ -126,10 +126,10 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False)
     from foveate.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    from foveate.data_room import DataRoom
     from foveate.model.build import blueprint
     from foveate.plan import make_plan, render
     from foveate.progress import Display
-    from foveate.session import DataRoom
 
     made = make_plan(loaded, DataRoom(loaded, blueprint(loaded.model)))
     if as_json:
@@ -198,8 +198,8 @@ def _corpora_of_recipe(path: Path, overrides: Sequence[str]) -> list[tuple[str, 
     from foveate.recipe_file import load_recipe
 
     recipe = load_recipe(path, overrides)
+    from foveate.data_room import DataRoom
     from foveate.model.build import blueprint
-    from foveate.session import DataRoom
 
     room = DataRoom(recipe, blueprint(recipe.model))
     corpora = []

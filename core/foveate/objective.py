@@ -50,6 +50,16 @@ class ObjectiveOptions(Options):
     end_step: int | None = Field(None, gt=0, description="First step of a stage that it no longer takes part in.")
     probability: float = Field(1.0, gt=0, le=1, description="Share of steps that it takes part in, drawn by the seed.")
     from_model: bool = Field(True, description="Start from the head that `model.from` holds under its name, if any.")
+    fit_before: str | None = Field(
+        None, description="Stage before which its teacher is fitted, where it has to be. Default: the first it is in."
+    )
+
+    def takes_part(self, name: str, moment: Moment) -> bool:
+        """Whether the objective `name` takes part in a step; the same on every process."""
+        if moment.step < self.start_step or (self.end_step is not None and moment.step >= self.end_step):
+            return False
+        drawn = torch.Generator().manual_seed(moment.seed_of("takes part", name))
+        return self.probability == 1 or float(torch.rand((), generator=drawn)) < self.probability
 
 
 @dataclass(frozen=True)

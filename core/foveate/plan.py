@@ -137,7 +137,8 @@ def _tokens_of_a_sample(mixture: Mixture, rules: SampleRules, where: str, read: 
     for position in positions:
         source, index = mixture.sample_at(0, position)
         try:
-            sample = build_sample(mixture.sources[source].dataset[index], rules)
+            chosen = mixture.sources[source]
+            sample = build_sample(chosen.dataset[index], rules, chosen.objectives)
         except SampleError as error:
             bad.append(error)
             continue

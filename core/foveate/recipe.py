@@ -89,11 +89,13 @@ class TrainRule(Section):
 def _train(value: Any, info: ValidationInfo) -> dict[str, TrainRule]:
     if not isinstance(value, dict) or not value:
         raise said("must name what is trained, at least one part, as `part: learning rate`")
-    objectives = context_of(info).get("objectives")
+    objectives, active = context_of(info).get("objectives"), info.data.get("objectives")
 
     def check(part: str, rule: Any) -> TrainRule:
         if part not in PARTS and objectives is not None and part.partition(".")[0] not in objectives:
             raise said(f"unknown part '{part}'{did_you_mean(part, {*PARTS, *objectives})}")
+        if part not in PARTS and active is not None and part.partition(".")[0] not in active:
+            raise said(f"'{part.partition('.')[0]}' is not active in this stage; name it in `objectives`, or not here")
         rule = rule if isinstance(rule, dict | TrainRule) else {"lr": rule}
         return TrainRule.model_validate(rule, context={**context_of(info), "part": part})
 
@@ -145,10 +147,11 @@ class Stage(Section):
     template: TemplateName = Field("chat", description="The tokenizer's own (`chat`), or one that comes with foveate.")
     system: str | None = Field(None, description="System prompt of conversations that have none.")
     geometry: Geometry = Field("pad", description="How a picture becomes the encoder's square.")
+    objectives: ObjectiveNames | None = Field(None, description="Objectives that are active. Default: all.")
+    frozen: ObjectiveNames = Field((), description="Objectives that are active although nothing of them is trained.")
     train: Annotated[dict[str, TrainRule], PlainValidator(_train)] = Field(
         description="Part (`encoder`, `projector`, `llm` or an objective) → learning rate, or the mapping below."
     )
-    objectives: ObjectiveNames | None = Field(None, description="Objectives that are active. Default: all.")
     batch_size: Count = Field(description="Samples of an optimizer step, over all processes.")
     epochs: float | None = Field(None, gt=0, description="Length in passes over the data; or `max_steps`.")
     max_steps: Count | None = Field(None, description="Length in optimizer steps; or `epochs`.")
@@ -238,6 +241,10 @@ class Recipe(Section):
     trackers: tuple[str, ...] = Field((), description="accelerate's trackers, such as `tensorboard` or `wandb`.")
     log_every: Count = Field(10, description="Steps between lines of progress where there is no terminal.")
     evaluate: Evaluate | None = Field(None, description="Metrics at the end of the run.")
+
+    def active(self, stage: Stage) -> tuple[str, ...]:
+        """The objectives that are active in a stage, in the recipe's order."""
+        return tuple(name for name in self.objectives if stage.objectives is None or name in stage.objectives)
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain values, presets expanded and paths absolute; `load_recipe` reads them again."""

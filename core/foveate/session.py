@@ -6,40 +6,35 @@ and creates the run folder last.
 
 from __future__ import annotations
 
-import functools
 import math
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
 
+from foveate.assembly import assemble
 from foveate.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
-from foveate.data.check import check
-from foveate.data.dataset import ConversationDataset, texts
-from foveate.data.mixture import Source
-from foveate.data.sample import SampleRules
 from foveate.data.steps import StageData
-from foveate.data.templates import load_template
-from foveate.data.tokenizer import load_tokenizer, train_tokenizer
-from foveate.errors import DataError, FoveateError, ModelError
+from foveate.data_room import DataRoom
+from foveate.errors import FoveateError, ModelError
 from foveate.learner import Learner
-from foveate.model.build import Blueprint, blueprint, build_lmm
-from foveate.model.language import TrainedTokenizer, check_language_model
+from foveate.model.build import Blueprint, blueprint, load_strictly
+from foveate.model.language import check_language_model
 from foveate.model.lmm import LMM
+from foveate.objective import VisionObjective
 from foveate.plan import make_plan, render
 from foveate.plugins import Plugins, installed_plugins
 from foveate.precision import DTYPES, FrozenParts
 from foveate.progress import Display
-from foveate.recipe import DataSource, Evaluate, Recipe, Stage
+from foveate.recipe import Evaluate, Recipe, Stage
 from foveate.run import Run
+from foveate.targets import TeacherRoom
 
 
 class Interrupted(FoveateError):
@@ -67,106 +62,6 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self.__exit__()
-
-
-class DataRoom:
-    """The data of a recipe: each source opened once, the tokenizer, and what the model's shape says of a sample."""
-
-    def __init__(self, recipe: Recipe, plan: Blueprint) -> None:
-        self.recipe, self.plan = recipe, plan
-        self._open: dict[int, ConversationDataset] = {}
-
-    def sources(self, data: Sequence[DataSource]) -> list[Source]:
-        """The data sets of a stage, opened, with their weights."""
-        for entry in data:
-            if id(entry) not in self._open:
-                self._open[id(entry)] = entry.dataset.cls(entry.dataset.options)
-        files = [Path(getattr(entry.dataset.options, "path", entry.dataset.type)).name for entry in data]
-        return [
-            Source(self._open[id(entry)], entry.weight, entry.max_samples, name)
-            for entry, name in zip(data, files, strict=True)
-        ]
-
-    def fingerprints(self) -> dict[str, str]:
-        """Stage and number of each source → fingerprint of its content."""
-        return {
-            f"{stage.name}.{number}": source.dataset.fingerprint()
-            for stage in self.recipe.stages
-            for number, source in enumerate(self.sources(stage.data))
-        }
-
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        """Loaded with the LLM, or trained on the text of all stages."""
-        wish = self.plan.tokenizer
-        if isinstance(wish, str):
-            return load_tokenizer(wish).tokenizer
-        lines = (
-            text
-            for stage in self.recipe.stages
-            for source in self.sources(stage.data)
-            for text in texts(source.dataset)
-        )
-        return train_tokenizer(lines, (wish or TrainedTokenizer()).vocab_size)
-
-    def rules(self, stage: Stage, template: str | None = None) -> SampleRules:
-        """How a stage turns conversations into samples."""
-        return SampleRules(
-            tokenizer=self.tokenizer,
-            template=load_template(template or stage.template, self.tokenizer, stage.system),
-            encoder=self.plan.encoder_spec(),
-            visual_grid=self.plan.visual_grid(),
-            geometry=stage.geometry,
-            max_length=stage.max_length,
-            on_long=stage.on_long_sample,
-        )
-
-    def stage(self, stage: Stage, rank: int = 0, world: int = 1) -> StageData:
-        """What a stage trains on, by optimizer step."""
-        hardware, number = self.recipe.hardware, self.recipe.stages.index(stage)
-        return StageData(
-            self.sources(stage.data), self.rules(stage), batch_size=stage.batch_size,
-            seed=self.recipe.seed * 1009 + number, budget=hardware.tokens_per_microbatch, rank=rank, world=world,
-            on_bad=stage.on_bad_sample, max_bad_rate=stage.max_bad_rate, workers=hardware.workers,
-            prefetch=hardware.prefetch, epochs=stage.epochs, max_steps=stage.max_steps,
-        )  # fmt: skip
-
-    def held_out(
-        self, data: Sequence[DataSource], stage: Stage, template: str | None = None, rank: int = 0, world: int = 1
-    ) -> StageData:
-        """Held-out data in their own order, once."""
-        hardware = self.recipe.hardware
-        return StageData(
-            self.sources(data), self.rules(stage, template), batch_size=stage.batch_size * 2, epochs=1,
-            budget=hardware.tokens_per_microbatch, rank=rank, world=world, on_bad=stage.on_bad_sample,
-            max_bad_rate=stage.max_bad_rate, workers=hardware.workers, prefetch=hardware.prefetch, shuffle=False,
-        )  # fmt: skip
-
-    def preflight(self, stage: Stage) -> None:
-        """Read up to `check_samples` samples of each source whole, pictures included. Raises `DataError` with the first
-        defects of each kind, unless the stage skips them and they are few enough."""
-        asked: list[tuple[Sequence[DataSource], str | None]] = [(stage.data, None)]
-        if stage.validate_:
-            asked.append((stage.validate_.data, None))
-        if stage is self.recipe.stages[-1] and self.recipe.evaluate:
-            asked.append((self.recipe.evaluate.data, self.recipe.evaluate.template))
-        for data, template in asked:
-            workers = self.recipe.hardware.workers
-            found = check(self.sources(data), self.rules(stage, template), workers, limit=stage.check_samples)
-            dropped = [entry for entry in found.defects if entry.kind == "long" and stage.on_long_sample == "drop"]
-            bad = [entry for entry in found.defects if entry not in dropped]
-            allowed = found.samples * stage.max_bad_rate if stage.on_bad_sample == "skip" else 0
-            if len({(entry.source, entry.index) for entry in bad}) > allowed:
-                lines = [f"  {entry}" for entry in bad[:8]]
-                lines += [f"  and {len(bad) - 8} more"] if len(bad) > 8 else []
-                skip = f"; they are more than max_bad_rate: {stage.max_bad_rate:g} lets you skip"
-                skip = skip if stage.on_bad_sample == "skip" else ", or set on_bad_sample: skip"
-                many = "1 defect" if len(bad) == 1 else f"{len(bad)} defects"
-                raise DataError(
-                    f"stage {stage.name}: {many} in the {found.samples} samples that were checked\n"
-                    + "\n".join(lines)
-                    + f"\nMend the data (`foveate data check RECIPE` lists all defects){skip}."
-                )
 
 
 @dataclass
@@ -215,17 +110,15 @@ class Session:
             render(made, display)
         else:
             display = Display(quiet=True)
-        set_seed(recipe.seed)
-        lmm = build_lmm(plan, len(data.tokenizer))
-        full = DTYPES["fp64" if recipe.precision.compute == "fp64" else "fp32"]
-        lmm.to(device=accelerator.device, dtype=full)
+        made_of = assemble(recipe, accelerator.device, data)
+        lmm, learner = made_of.lmm, made_of.learner
         check_language_model(lmm.llm, accelerator.device)
+        for name in recipe.objectives:  # what is wrong with a teacher is told now
+            learner.teachers.of(name)
         accelerator.wait_for_everyone()  # all have seen the folder before the main process fills it
         run = Run.start(recipe, data.fingerprints(), resume=resume, main=accelerator.is_main_process)
-        frozen = FrozenParts(full, DTYPES[recipe.precision.frozen])
-        session = cls(
-            recipe, run, accelerator, installed_plugins(), plan, data, lmm, Learner(lmm), display, frozen, stop
-        )
+        frozen = FrozenParts(learner.teachers.full, DTYPES[recipe.precision.frozen])
+        session = cls(recipe, run, accelerator, installed_plugins(), plan, data, lmm, learner, display, frozen, stop)
         if recipe.trackers:
             accelerator.init_trackers(recipe.name, config={"recipe": str(run.folder)})
         if resume:
@@ -248,6 +141,9 @@ class Session:
         with torch.no_grad():
             for name, tensor in weights.items():
                 own[name].copy_(tensor)
+        if self.objectives:
+            module, heads = self.learner.objectives, self.checkpoint.tensors.get("objectives", {})
+            load_strictly(module, heads, ("",), f"the objectives in {newest}")
         self.touched = set(self.checkpoint.state["touched"])
         self.run.cut_metrics(names, self.checkpoint.state["stage"], self.checkpoint.state["step"])
 
@@ -265,9 +161,23 @@ class Session:
         device: torch.device = self.accelerator.device
         return device
 
+    @property
+    def objectives(self) -> dict[str, VisionObjective]:
+        """The recipe's objectives by name."""
+        parts: Any = dict(self.learner.objectives.items())
+        return dict(parts)
+
+    @property
+    def teachers(self) -> TeacherRoom:
+        """Their teachers."""
+        return self.learner.teachers
+
     def weight(self, part: str) -> float:
         """The recipe's weight of a part of the loss."""
-        return self.recipe.text.weight
+        if part == "text":
+            return self.recipe.text.weight
+        options: Any = self.recipe.objectives[part].options
+        return float(options.weight)
 
     def stage_data(self, stage: Stage) -> StageData:
         """What this process trains on in a stage."""
@@ -283,7 +193,7 @@ class Session:
     def evaluation_data(self, evaluate: Evaluate) -> StageData:
         """The held-out data of the end of the run, as the last stage reads it."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        return self.data.held_out(evaluate.data, self.recipe.stages[-1], evaluate.template, rank, world)
+        return self.data.held_out(evaluate.data, self.recipe.stages[-1], evaluate.template, rank, world, False)
 
     def sum_over_processes(self, values: Mapping[str, float]) -> dict[str, float]:
         """Named numbers, each added up over all processes (which must all name the same)."""

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from foveate.data.steps import StageData, StepBatches
 from foveate.errors import TrainingError
 from foveate.learner import StepOutput
 from foveate.model.lmm import PARTS
+from foveate.objective import Moment, VisionObjective
 from foveate.optim import (
     MovementCheck,
     TrainedPart,
@@ -30,6 +31,8 @@ from foveate.optim import (
 )
 from foveate.recipe import Stage
 from foveate.session import Interrupted, Session
+from foveate.tally import Tally
+from foveate.targets import called
 
 MOVEMENT_STEPS = 3
 """Steps after which a trained part that has not moved is an error."""
@@ -41,6 +44,9 @@ class StageLoop:
     def __init__(self, session: Session, stage: Stage, data: StageData) -> None:
         self.session, self.stage, self.data = session, stage, data
         self.modules: dict[str, nn.Module] = {name: getattr(session.lmm, name) for name in PARTS}
+        self.modules |= session.objectives
+        self.active = {name: session.objectives[name] for name in session.recipe.active(stage)}
+        self.seen: set[str] = set()  # objectives that have taken part
         self.parts = self._freeze_and_train()
         self.optimizer = make_optimizer(self.parts, stage.weight_decay, stage.betas)
         self.step = 0
@@ -54,7 +60,7 @@ class StageLoop:
             whole = [rule for rule_name, rule in rules.items() if rule_name.partition(".")[0] == name]
             if whole and not any(rule.lora for rule in whole):
                 self.session.frozen.thaw(name, module)
-            else:
+            elif name in PARTS:  # an objective stays in full precision
                 self.session.frozen.freeze(name, module)
             module.train(bool(whole))
         return part_parameters(self.modules, rules)
@@ -76,7 +82,9 @@ class StageLoop:
                 metrics = self._take_step(work, optimizer)
                 self.step += 1
                 if movement is not None and self.step == min(MOVEMENT_STEPS, total):
-                    movement.verify(f"stage {stage.name}, step {self.step}")
+                    waiting = self.active.keys() - self.seen
+                    idle = [part.name for part in self.parts if part.name.partition(".")[0] in waiting]
+                    movement.verify(f"stage {stage.name}, step {self.step}", idle)
                     movement = None
                 metrics |= {f"lr/{part}": rate for part, rate in rates.items()}
                 metrics |= {"step_seconds": time.perf_counter() - started + waited, "data_wait": waited}
@@ -96,7 +104,7 @@ class StageLoop:
 
     def _take_step(self, work: StepBatches, optimizer: Any) -> dict[str, float]:
         """Forward and backward of every micro-batch, one division by the step's counts, one update."""
-        session = self.session
+        session, moment = self.session, Moment(self.session.recipe.seed, self.stage.name, self.step)
         counts = session.sum_over_processes(
             {
                 **work.counts, "samples": work.samples, "images": work.images, "tokens": work.tokens,
@@ -104,53 +112,64 @@ class StageLoop:
             }
         )  # fmt: skip
         self.stopping = counts["stop"] > 0  # all processes stop after the same step
-        sums: dict[str, Tensor] = {}
-        suspects: list[tuple[Tensor, list[str]]] = []
+        taking_part = {name for name, part in self.active.items() if part.options.takes_part(name, moment)}
+        resting = self._resting(taking_part)
+        tally = Tally()
         for number, batch in enumerate(work.batches, 1):
             last = number == len(work.batches)
             with contextlib.nullcontext() if last else session.accelerator.no_sync(self.learner):
-                output: StepOutput = self.learner(batch.to(session.device))
+                output: StepOutput = self.learner(batch.to(session.device), moment, taking_part)
+                loss = self._weighted(totals_of(output), counts)
                 share = session.accelerator.num_processes  # undoes the average that DDP takes over processes
-                session.accelerator.backward(share * self._weighted(totals_of(output), counts))
-            for name, total in totals_of(output).items():
-                sums[name] = sums.get(name, 0.0) + total.detach()
-            suspects.append((output.text_by_sample, batch.sample_ids))
-        losses = self._means(sums, counts, suspects)
-        samples = [sample for _, ids in suspects for sample in ids]
-        shown = ", ".join(samples[:8]) + " …" * (len(samples) > 8)
-        where = f"stage {self.stage.name}, step {self.step + 1} (samples {shown})"
+                if share > 1:  # every process gives every parameter a gradient
+                    loss = loss + sum((parameter.sum() * 0.0 for parameter in resting), start=loss * 0.0)
+                session.accelerator.backward(share * loss)
+            tally.add(output, batch)
+        losses = self._means(tally, counts)
+        where = f"stage {self.stage.name}, step {self.step + 1} (samples {tally.shown()})"
+        for parameter in resting:  # not stepped: no momentum, no decay
+            parameter.grad = None
         norm = clip_gradients(self.parts, self.stage.clip, where)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        for name in sorted(taking_part):
+            called(self.active[name], name, "after_step", self.step)
+        self.seen |= taking_part
         sizes = {name: counts[name] for name in ("samples", "images", "tokens")}
         return {**losses, "grad_norm": norm, **sizes}
+
+    def _resting(self, taking_part: Collection[str]) -> list[nn.Parameter]:
+        """Trained parameters of objectives that sit this step out."""
+        names = self.active.keys() - set(taking_part)
+        parts = [part for part in self.parts if part.name.partition(".")[0] in names]
+        return [parameter for part in parts for parameter in part.parameters.values()]
 
     def _weighted(self, totals: Mapping[str, Tensor], counts: Mapping[str, float]) -> Tensor:
         """The loss: each part's sum over the step's count of its units, times the recipe's weight."""
         terms = [self.session.weight(name) * total / max(counts[name], 1.0) for name, total in totals.items()]
         return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
-    def _means(
-        self, sums: Mapping[str, Tensor], counts: Mapping[str, float], suspects: list[tuple[Tensor, list[str]]]
-    ) -> dict[str, float]:
-        """Raw means of every part and the weighted total. Raises `TrainingError` where one is not finite."""
-        local = {name: float(total) for name, total in sums.items()}
-        totals = self.session.sum_over_processes(local)
-        if not all(math.isfinite(total) for total in totals.values()):
-            bad = ", ".join(name for name, total in totals.items() if not math.isfinite(total))
-            culprits = [
-                sample
-                for losses, samples in suspects
-                for sample, loss in zip(samples, losses.tolist(), strict=True)
-                if not math.isfinite(loss)
-            ]
+    def _means(self, tally: Tally, counts: Mapping[str, float]) -> dict[str, float]:
+        """Raw means of every part, the weighted total, and the parts' metrics; of a part without a unit, nothing.
+
+        Raises `TrainingError` where one is not finite.
+        """
+        found = self.session.sum_over_processes(tally.values())
+        totals = {name.removeprefix("sum/"): value for name, value in found.items() if name.startswith("sum/")}
+        if bad := [name for name, total in totals.items() if not math.isfinite(total)]:
             raise TrainingError(
-                f"the loss of '{bad}' is not finite in stage {self.stage.name}, step {self.step + 1}; samples: "
-                f"{', '.join(culprits[:8]) or 'all'}. The weights are those before this step."
+                f"the loss of '{', '.join(bad)}' is not finite in stage {self.stage.name}, step {self.step + 1}; "
+                f"samples: {', '.join(tally.culprits(bad)[:8]) or 'of other processes'}. The weights are those before "
+                "this step."
             )
-        means = {name: total / max(counts[name], 1.0) for name, total in totals.items()}
+        means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
         weighted = sum(self.session.weight(name) * mean for name, mean in means.items())
-        return {"loss": weighted, **{f"loss/{name}": mean for name, mean in means.items()}}
+        shares = {
+            name.removeprefix("metric/"): value / found[f"count/{name.removeprefix('metric/')}"]
+            for name, value in found.items()
+            if name.startswith("metric/") and found[f"count/{name.removeprefix('metric/')}"]
+        }
+        return {"loss": weighted, **{f"loss/{name}": mean for name, mean in means.items()}, **shares}
 
     @contextlib.contextmanager
     def _memory_savers(self) -> Iterator[None]:
@@ -172,24 +191,36 @@ class StageLoop:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Held-out loss of every part, as `valid/loss/NAME`."""
+        """Held-out loss of every part, as `valid/loss/NAME`; the text's as at inference, without any edit."""
         held_out = self.session.held_out(self.stage)
         if held_out is None:
             return {}
         modes = {name: module.training for name, module in self.modules.items()}
         self.session.learner.eval()
-        sums: dict[str, float] = {}
-        counts: dict[str, float] = {}
+        moment = Moment(self.session.recipe.seed, f"{self.stage.name}, validation")
+        tally, counts = Tally(), dict[str, float]()
         for work in held_out.steps():
             for batch in work.batches:
-                for name, total in totals_of(self.learner(batch.to(self.session.device))).items():
-                    sums[name] = sums.get(name, 0.0) + float(total)
+                moved = batch.to(self.session.device)
+                output: StepOutput = self.learner(moved, moment, self.active)
+                if self._alters():
+                    output.terms["text"] = self.learner(moved, moment, ()).terms["text"]
+                tally.add(output, batch)
             for name, count in work.counts.items():
                 counts[name] = counts.get(name, 0.0) + count
         for name, training in modes.items():
             self.modules[name].train(training)
-        totals, counts = self.session.sum_over_processes(sums), self.session.sum_over_processes(counts)
-        return {f"valid/loss/{name}": total / max(counts[name], 1.0) for name, total in totals.items()}
+        totals, counts = self.session.sum_over_processes(tally.sums()), self.session.sum_over_processes(counts)
+        return {f"valid/loss/{name}": total / counts[name] for name, total in totals.items() if counts[name]}
+
+    def _alters(self) -> bool:
+        """Whether an active objective changes what the LLM computes."""
+        rules = self.session.learner.rules
+        return any(
+            type(part).edit_visual_tokens is not VisionObjective.edit_visual_tokens
+            or rules[name].call("attention") != "causal"
+            for name, part in self.active.items()
+        )
 
     def _names(self) -> dict[str, Tensor]:
         """State-dict name → tensor of what has been trained so far, adapters of this stage included."""
@@ -227,7 +258,8 @@ class StageLoop:
             folder = checkpoint_folder(session.run.stage_folder(self.stage.name), self.step)
             state = {"stage": self.stage.name, "step": self.step, "finished": finished}
             state["touched"] = sorted(session.touched)
-            save_checkpoint(folder, {"model": model, "optimizer": optimizer}, state)
+            heads = dict(session.learner.objectives.state_dict())
+            save_checkpoint(folder, {"model": model, "objectives": heads, "optimizer": optimizer}, state)
             session.plugins.hook.checkpoint_saved(
                 run=session.run, stage=self.stage.name, step=self.step, folder=str(folder)
             )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from accelerate.utils import gather_object
 
+from foveate.assembly import save_heads
 from foveate.files import atomic_folder, write_json
+from foveate.fitting import fit_teachers
 from foveate.metrics import Answer, Evaluation, evaluate
 from foveate.model.build import save_lmm
 from foveate.progress import Display
@@ -31,6 +33,7 @@ def train(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
                 continue
             if main:
                 session.plugins.hook.stage_started(run=session.run, stage=stage.name)
+            fit_teachers(session, stage)
             StageLoop(session, stage, session.stage_data(stage)).run()
             if main:
                 session.plugins.hook.stage_finished(run=session.run, stage=stage.name)
@@ -54,6 +57,7 @@ def save_model(session: Session) -> None:
         }
         with atomic_folder(session.run.folder / MODEL) as folder:
             save_lmm(session.lmm, session.plan, folder, session.data.tokenizer, facts)
+            save_heads(session.objectives, session.recipe, folder)
     session.accelerator.wait_for_everyone()
 
 

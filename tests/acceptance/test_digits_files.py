@@ -13,7 +13,7 @@ from foveate.model.build import blueprint
 from foveate.progress import Display
 from foveate.recipe import Recipe
 from foveate.recipe_file import load_recipe
-from foveate.session import DataRoom
+from foveate.data_room import DataRoom
 from foveate.train import train
 from foveate.types import Batch
 from foveate_lab.export import TRAINING_KINDS

@@ -22,7 +22,7 @@ from foveate.progress import Display
 from foveate.recipe import Recipe
 from foveate.recipe_file import load_recipe
 from foveate.run import Run
-from foveate.session import DataRoom
+from foveate.data_room import DataRoom
 from foveate.train import train
 from foveate.types import IGNORE_INDEX, Batch
 from tests.corpus import ENCODER, LLM, recipe_dict, write_recipe

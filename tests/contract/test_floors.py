@@ -17,18 +17,18 @@ FLOORS: list[set[str]] = [
     {"plugins", "registry"},
     {"recipe_fields", "recipe", "recipe_file"},
     {"data"},
-    {"model", "teachers"},
-    {"text_loss", "learner"},
-    {"files", "optim", "precision", "checkpoint", "metrics", "run", "progress", "export"},
-    {"session", "stage", "plan", "train", "evaluation"},
-    {"testing", "cli", "recipe_docs"},
+    {"model", "teachers", "targets"},
+    {"text_loss", "forward_pass", "learner"},
+    {"files", "optim", "precision", "checkpoint", "metrics", "run", "progress", "export", "tally"},
+    {"data_room", "assembly", "session", "fitting", "stage", "plan", "train", "loaded", "report"},
+    {"testing", "testing_models", "cli", "plugin_cli", "scaffold", "recipe_docs"},
 ]
 """Modules of `foveate` by floor; a module imports from its own floor or below, without circles."""
 
 OUTSIDE = {"__init__", "__main__", "builtin"}
 """`__init__` hands names on lazily; `builtin` is core's own plugin and names classes as strings."""
 
-LIMIT = 4_000
+LIMIT = 6_000
 """Lines of code of floors 0 to 8; blank lines, comments and docstrings are free, so that nobody saves on them."""
 
 

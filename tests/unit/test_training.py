@@ -163,7 +163,7 @@ def test_a_part_that_nothing_reads_is_an_error(
 
     see = LMM.see
 
-    def detached(self: LMM, pixels: Tensor) -> Any:
+    def detached(self: LMM, pixels: Tensor, layers: Any) -> Any:
         vision = see(self, pixels)
         vision.tokens = vision.tokens * 0.0
         return vision
@@ -180,8 +180,8 @@ def test_non_finite_loss_names_the_samples(
 
     forward = Learner.forward
 
-    def broken(self: Learner, batch: Any) -> Any:
-        output = forward(self, batch)
+    def broken(self: Learner, batch: Any, *others: Any) -> Any:
+        output = forward(self, batch, *others)
         if "one0" in batch.sample_ids:
             output.terms["text"].total = output.terms["text"].total * float("nan")
             output.text_by_sample[batch.sample_ids.index("one0")] = float("nan")

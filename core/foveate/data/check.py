@@ -71,7 +71,7 @@ class _Inspections(Dataset[tuple[list[Defect], list[tuple[str, int]]]]):
                 except SampleError as error:
                     found.append(error)
             if all(error.kind == "image" for error in found):
-                sample = build_sample(conversation, self.rules)
+                sample = build_sample(conversation, self.rules, source.objectives)
                 measures += [("tokens", sample.length), ("supervised", sample.supervised)]
         except SampleError as error:
             found.append(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -26,14 +27,14 @@ class ObjectiveRule:
     cls: type[VisionObjective]
     options: ObjectiveOptions
 
-    @property
+    @functools.cached_property
     def reads(self) -> Reads:
         """What it reads, the layers of its teacher included."""
         reads, teacher = self.call("reads"), getattr(self.options, "teacher", None)
         layers = () if teacher is None else teacher.cls.encoder_layers(teacher.options)
         return replace(reads, teacher=tuple(dict.fromkeys((*reads.teacher, *layers))))
 
-    @property
+    @functools.cached_property
     def view(self) -> str:
         """The key of its prepared pictures; objectives with the same teacher share them. Empty: it prepares none."""
         if self.cls.prepare_image.__func__ is not VisionObjective.prepare_image.__func__:  # type: ignore[attr-defined]

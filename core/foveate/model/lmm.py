@@ -6,7 +6,8 @@ encoder, D width of the LLM.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from foveate.model.attention import Segments
 from foveate.model.encoder import Encoder
 from foveate.model.language import LanguageModel
 from foveate.model.projector import Projector
+from foveate.model.taps import END, tapped
 from foveate.types import Batch
 
 PARTS = ("encoder", "projector", "llm")
@@ -29,6 +31,22 @@ class Vision:
     """`[I, h*w, E]`, the encoder's."""
     tokens: Tensor
     """`[V, D]`, the projector's, image after image."""
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+    """The encoder's states at the layers that were asked for, `[I, h*w, E]` each; `END` are the features."""
+
+
+def encode(encoder: Encoder, pixels: Tensor, layers: Iterable[int] = ()) -> dict[int, Tensor]:
+    """Pixels `[I, 3, H, W]` → the encoder's features (`END`) and its states at `layers`, `[I, h*w, E]` each.
+
+    A frozen encoder runs without a graph.
+    """
+    trained = any(parameter.requires_grad for parameter in encoder.parameters())
+    rows, columns = encoder.spec.grid
+    graph = torch.set_grad_enabled(trained and torch.is_grad_enabled())
+    with graph, tapped(encoder.blocks(), layers) as found:
+        features_INE = encoder(pixels.to(next(encoder.parameters()).dtype))
+    # CLS and register tokens stand before the patches
+    return {END: features_INE, **{layer: states[:, -rows * columns :] for layer, states in found.items()}}
 
 
 class LMM(nn.Module):
@@ -40,14 +58,12 @@ class LMM(nn.Module):
         self.projector = projector
         self.llm = llm
 
-    def see(self, pixels: Tensor) -> Vision:
-        """Pixels `[I, 3, H, W]` → features and visual tokens; a frozen encoder runs without a graph."""
-        trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            features_INE = self.encoder(pixels.to(next(self.encoder.parameters()).dtype))
+    def see(self, pixels: Tensor, layers: Iterable[int] = ()) -> Vision:
+        """Pixels `[I, 3, H, W]` → features, visual tokens, and the encoder's states at `layers`."""
+        found = encode(self.encoder, pixels, layers)
         dtype = next(self.projector.parameters()).dtype
-        tokens_IND = self.projector(features_INE.to(dtype))
-        return Vision(features_INE, tokens_IND.flatten(0, 1))
+        tokens_IND = self.projector(found[END].to(dtype))
+        return Vision(found[END], tokens_IND.flatten(0, 1), found)
 
     def place(self, batch: Batch, visual_tokens: Tensor) -> Tensor:
         """The LLM's input `[T, D]`: text embeddings, and `visual_tokens` `[V, D]` at the recorded positions.

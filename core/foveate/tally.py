@@ -1,0 +1,63 @@
+"""The numbers of one optimizer step, from all its micro-batches, before they are added up over processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from foveate.learner import StepOutput
+from foveate.objective import LossTerm
+from foveate.types import Batch
+
+
+@dataclass
+class Tally:
+    """Sums and metrics of a step's micro-batches, and what tells the origin of a value that is not finite."""
+
+    outputs: list[tuple[StepOutput, list[str]]] = field(default_factory=list)
+
+    def add(self, output: StepOutput, batch: Batch) -> None:
+        """Takes the numbers of a micro-batch, without its graph."""
+        terms = {name: _plain(term) for name, term in output.terms.items()}
+        self.outputs.append((StepOutput(terms, output.text_by_sample), batch.sample_ids))
+
+    def sums(self) -> dict[str, float]:
+        """Part → sum of its loss."""
+        return {name.removeprefix("sum/"): value for name, value in self.values().items() if name.startswith("sum/")}
+
+    def values(self) -> dict[str, float]:
+        """`sum/PART`, `metric/PART/NAME` and `count/PART/NAME`, ready to be added up over processes."""
+        found: dict[str, float] = {}
+        for output, _ in self.outputs:
+            for part, term in output.terms.items():
+                numbers: dict[str, float | Tensor] = {f"sum/{part}": term.total}
+                for name, (total, count) in term.metrics.items():
+                    numbers |= {f"metric/{part}/{name}": total, f"count/{part}/{name}": count}
+                for name, number in numbers.items():
+                    found[name] = found.get(name, 0.0) + float(number)
+        return found
+
+    def culprits(self, parts: Collection[str]) -> list[str]:
+        """Samples of this process whose loss is not finite; of an objective, all samples of its micro-batch."""
+        found: list[str] = []
+        for output, samples in self.outputs:
+            losses = zip(samples, output.text_by_sample.tolist(), strict=True)
+            found += [sample for sample, loss in losses if "text" in parts and not math.isfinite(loss)]
+            others = [term for name, term in output.terms.items() if name != "text" and name in parts]
+            found += samples if any(not math.isfinite(float(term.total)) for term in others) else []
+        return list(dict.fromkeys(found))
+
+    def shown(self) -> str:
+        """Some of the samples."""
+        samples = [sample for _, ids in self.outputs for sample in ids]
+        return ", ".join(samples[:8]) + " …" * (len(samples) > 8)
+
+
+def _plain(term: LossTerm) -> LossTerm:
+    def value(number: Tensor | float) -> Tensor | float:
+        return number.detach() if isinstance(number, Tensor) else number
+
+    return LossTerm(term.total.detach(), {name: (value(total), count) for name, (total, count) in term.metrics.items()})
