@@ -5,25 +5,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import nn
 
+from foveate.assembly import build_objectives
 from foveate.data.dataset import SampleError
 from foveate.data.mixture import Mixture
 from foveate.data.sample import SampleRules, build_sample
 from foveate.data.steps import StageData
+from foveate.data_room import DataRoom
 from foveate.errors import ModelError, RecipeError
 from foveate.explain import did_you_mean
 from foveate.model.build import Blueprint, build_lmm
 from foveate.optim import part_parameters
 from foveate.progress import Display
 from foveate.recipe import PARTS, Precision, Recipe, Stage
-
-if TYPE_CHECKING:
-    from foveate.session import DataRoom
+from foveate.stage_checks import check_objectives
 
 _PROBE = 256
 """Samples of a stage that are tokenized to estimate its tokens."""
@@ -86,18 +86,26 @@ def make_plan(recipe: Recipe, room: DataRoom) -> Plan:
         warnings.append(f"tokens are not estimated: {error}")
     with torch.device("meta"):
         lmm = build_lmm(room.plan, vocabulary, load_weights=False)
+        objectives = build_objectives(recipe, room.plan, lmm)
+    check_objectives(recipe, objectives, len(lmm.encoder.blocks()), len(lmm.llm.blocks()))
+    modules: dict[str, nn.Module] = {**{part: getattr(lmm, part) for part in PARTS}, **objectives}
+    warnings += [
+        f"objective {name} compares images of a micro-batch: its loss depends on tokens_per_microbatch and processes"
+        for name, objective in objectives.items()
+        if objective.batch_dependent
+    ]
     stages = []
     for stage in recipe.stages:
+        shown = {part: module for part, module in modules.items() if part in (*PARTS, *recipe.active(stage))}
         with torch.device("meta"):
-            parts = part_rows({part: copy.deepcopy(getattr(lmm, part)) for part in PARTS}, stage, recipe.precision)
+            parts = part_rows(copy.deepcopy(shown), stage, recipe.precision)
         rules: Any = room.rules(stage) if vocabulary else None
         data = StageData(
             room.sources(stage.data), rules, batch_size=stage.batch_size, epochs=stage.epochs, max_steps=stage.max_steps
         )
         tokens = None
         if rules:
-            reader = recipe.objectives if stage.objectives is None else stage.objectives
-            found = _tokens_of_a_sample(data.mixture, rules, f"{stage.name}: ", bool(reader), warnings)
+            found = _tokens_of_a_sample(data.mixture, rules, f"{stage.name}: ", bool(rules.objectives), warnings)
             tokens = round(found * stage.batch_size)
         epochs, total = data.total_steps / data.steps_per_epoch, data.total_steps
         stages.append(StagePlan(stage.name, parts, len(data.mixture), stage.batch_size, total, epochs, tokens))
@@ -115,7 +123,8 @@ def part_rows(modules: Mapping[str, nn.Module], stage: Stage, precision: Precisi
     rows = []
     for part in modules:
         own = {name: rule for name, rule in stage.train.items() if name.partition(".")[0] == part}
-        dtype = full if own and not any(rule.lora for rule in own.values()) else precision.frozen
+        whole = part not in PARTS or (own and not any(rule.lora for rule in own.values()))
+        dtype = full if whole else precision.frozen
         if part not in own:
             rows.append(PartRow(part, "frozen, but for" if own else "frozen", total[part], 0, None, dtype))
         for name, rule in own.items():
