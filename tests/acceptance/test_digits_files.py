@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import foveate.cli
+from foveate.data_room import DataRoom
 from foveate.model.build import blueprint
 from foveate.progress import Display
 from foveate.recipe import Recipe
 from foveate.recipe_file import load_recipe
-from foveate.data_room import DataRoom
 from foveate.train import train
 from foveate.types import Batch
 from foveate_lab.export import TRAINING_KINDS

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, Pr
 import foveate.cli
 from foveate.data.templates import template_source
 from foveate.data.tokenizer import train_tokenizer
+from foveate.data_room import DataRoom
 from foveate.model.build import blueprint, load_lmm
 from foveate.progress import Display
 from foveate.recipe import Recipe
 from foveate.recipe_file import load_recipe
 from foveate.run import Run
-from foveate.data_room import DataRoom
 from foveate.train import train
 from foveate.types import IGNORE_INDEX, Batch
 from tests.corpus import ENCODER, LLM, recipe_dict, write_recipe
