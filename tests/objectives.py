@@ -131,9 +131,11 @@ class Queries(VisionObjective):
             small = small + states.mean((1, 2))[:, None].to(small.dtype)
         return [{"values": values} for values in teacher(small) * teacher.scale]
 
-    def fit_teacher(self, teacher: Any, batches: Iterable[TeacherInputs]) -> Mapping[str, float] | None:
-        if not self.options.fit:
-            return None
+    @classmethod
+    def needs_fit(cls, options: Any) -> bool:
+        return bool(options.fit)
+
+    def fit_teacher(self, teacher: Any, batches: Iterable[TeacherInputs]) -> Mapping[str, float]:
         seen = []
         for inputs in batches:
             seen.append(inputs.stack("small").double().mean())

@@ -349,9 +349,14 @@ class Teacher(nn.Module):
         """Target rows of images, `[I, N, width]`, back to pixels in 0…1, `[I, 3, H, W]`, where the teacher can."""
         raise ModelError(f"teacher {type(self).__name__} has no decoder")
 
-    def fit(self, batches: Iterable[TeacherInputs]) -> Mapping[str, float] | None:
+    @classmethod
+    def needs_fit(cls, options: Any) -> bool:
+        """As `VisionObjective.needs_fit`."""
+        return False
+
+    def fit(self, batches: Iterable[TeacherInputs]) -> Mapping[str, float]:
         """As `VisionObjective.fit_teacher`."""
-        return None
+        raise ModelError(f"teacher {type(self).__name__} cannot be fitted")
 
 
 class VisionObjective(nn.Module):
@@ -426,13 +431,19 @@ class VisionObjective(nn.Module):
         """One record an image, **deterministic** (sampling belongs in `loss`); runs without gradients."""
         return teacher.encode(inputs) if isinstance(teacher, Teacher) else [{} for _ in inputs.records]
 
-    def fit_teacher(self, teacher: Any, batches: Iterable[TeacherInputs]) -> Mapping[str, float] | None:
-        """Fit the teacher to the user's pictures, before the first stage that uses the objective.
+    @classmethod
+    def needs_fit(cls, options: Any) -> bool:
+        """Whether the teacher has to be fitted to the user's pictures. Then it also keeps the encoder of that time."""
+        chosen = getattr(options, "teacher", None)
+        return chosen is not None and chosen.cls.needs_fit(chosen.options)
 
-        `batches`: the stage's pictures in seeded order, again and again; take as many as needed. Returns what to tell
-        about the fit, which core then keeps in the run folder; None (and nothing taken): there was nothing to fit.
+    def fit_teacher(self, teacher: Any, batches: Iterable[TeacherInputs]) -> Mapping[str, float]:
+        """Fit the teacher, before the first stage that uses the objective; core keeps it in the run folder.
+
+        `batches`: that stage's pictures in seeded order, again and again; take as many as needed. Returns what to tell
+        about the fit, as named numbers.
         """
-        return teacher.fit(batches) if isinstance(teacher, Teacher) else None
+        return teacher.fit(batches)
 
     # Around the LLM.
 

@@ -8,7 +8,7 @@ from foveate.data.views import ObjectiveRule
 from foveate.errors import FoveateError, ModelError, RecipeError
 from foveate.forward_pass import check_wishes
 from foveate.model.taps import layer_index
-from foveate.objective import Teacher, VisionObjective
+from foveate.objective import VisionObjective
 from foveate.recipe import Recipe, Stage
 
 
@@ -65,10 +65,10 @@ def _stage(
                 f"objective '{name}' is active and nothing of it is trained. Give it a learning rate (`train: "
                 f"{{{name}: 1e-4}}`), say that it is `frozen: [{name}]`, or leave it out of `objectives`"
             )
-        if "encoder" in trained and rules[name].reads.teacher and not fits(objectives[name]):
+        if "encoder" in trained and rules[name].reads.teacher and not rules[name].call("needs_fit"):
             yield (
-                f"the teacher of '{name}' reads the encoder that stage {stage.name} trains, so its targets would move. "
-                "Give the teacher an encoder of its own, or freeze the encoder"
+                f"the teacher of '{name}' reads the encoder, which this stage trains, so its targets would move. Give "
+                "the teacher an encoder of its own, or freeze the encoder"
             )
     for name in (name for name in stage.frozen if name not in active or name in trained):
         yield f"frozen: '{name}' is " + ("trained here" if name in active else "not active here")
@@ -76,10 +76,3 @@ def _stage(
         check_wishes({name: rules[name].call("attention") for name in active})
     except ModelError as error:
         yield str(error)
-
-
-def fits(objective: VisionObjective) -> bool:
-    """Whether its teacher is of a kind that is fitted; then it keeps the encoder of that time."""
-    chosen = getattr(objective.options, "teacher", None)
-    own = type(objective).fit_teacher is not VisionObjective.fit_teacher
-    return own or (chosen is not None and chosen.cls.fit is not Teacher.fit)

@@ -69,9 +69,9 @@ class TeacherRoom:
         return tensor.to(self.full) if tensor.is_floating_point() else tensor
 
     def fit(self, name: str, batches: Callable[[], Iterable[TeacherInputs]]) -> Mapping[str, float] | None:
-        """Let an objective fit its teacher; None where it has nothing to fit."""
-        teacher = self.of(name)
-        if teacher is None:
+        """Let an objective fit its teacher; None where that needs no fit."""
+        teacher, objective = self.of(name), self.objectives[name]
+        if teacher is None or not objective.needs_fit(objective.options):
             return None
         teacher.requires_grad_(True)
         told: Mapping[str, float] | None = called(self.objectives[name], name, "fit_teacher", teacher, batches())

@@ -38,6 +38,7 @@ def run(
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor], Run]:  # fmt: skip
     """Train `changes` of one stage with objectives; lines of metrics, all weights, the run."""
     folder.mkdir(exist_ok=True)
+    changes |= {"objectives": changes.pop("active")} if "active" in changes else {}
     top = {key: changes.pop(key) for key in ("precision", "hardware", "checkpoint_every", "model") if key in changes}
     stage = {**recipe_dict(corpus)["stages"][0], "train": {**TRAIN, **dict.fromkeys(objectives, 1e-2)}, **changes}
     recipe = recipe_dict(corpus, output=str(folder / "run"), objectives=dict(objectives), stages=[stage], **top)
@@ -99,7 +100,7 @@ def test_heads_are_saved_apart_and_found_again(tmp_path: Path, shared_corpus: Pa
     assert set(load_file(heads / "queries" / "weights.safetensors")) == {"queries", "head.weight", "head.bias"}
     assert json.loads((heads / "noisy" / "objective.json").read_text())["type"] == "noisy"
     model = {"from": str(first.folder)}
-    changes: dict[str, Any] = {"train": {"projector": 1e-3, "noisy": 1e-30}, "max_steps": 1, "model": model}
+    changes: dict[str, Any] = {"train": {"projector": 1e-3}, "frozen": ["noisy"], "max_steps": 1, "model": model}
     _, again, _ = run(tmp_path / "b", shared_corpus, {"noisy": {}}, **changes)
     torch.testing.assert_close(again["noisy:head.weight"], weights["noisy:head.weight"])
     _, fresh, _ = run(tmp_path / "c", shared_corpus, {"noisy": {"from_model": False}}, **changes)
@@ -162,7 +163,7 @@ def test_a_fitted_teacher_keeps_the_encoder_that_it_was_fitted_with(tmp_path: Pa
 
 def test_an_encoder_that_is_trained_is_no_teacher(tmp_path: Path, shared_corpus: Path) -> None:
     options = {"queries": {"encoder": True}}
-    with pytest.raises(FoveateError, match="'queries' reads the encoder that stage only trains"):
+    with pytest.raises(FoveateError, match="stage only: the teacher of 'queries' reads the encoder, which"):
         run(tmp_path / "a", shared_corpus, options)
     run(tmp_path / "b", shared_corpus, options, train={"projector": 1e-3, "queries": 1e-3}, max_steps=2)
 
@@ -174,7 +175,7 @@ def test_active_but_frozen_is_an_error(tmp_path: Path, shared_corpus: Path) -> N
 
 def test_trained_but_inactive_is_an_error(tmp_path: Path, shared_corpus: Path) -> None:
     with pytest.raises(FoveateError, match="'noisy' is not active in this stage"):
-        run(tmp_path / "a", shared_corpus, {"noisy": {}, "queries": {}}, objectives=["queries"])
+        run(tmp_path / "a", shared_corpus, {"noisy": {}, "queries": {}}, active=["queries"])
 
 
 def test_conflicting_wishes_are_told_before_training(tmp_path: Path, shared_corpus: Path) -> None:
