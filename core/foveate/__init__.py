@@ -41,6 +41,7 @@ _LAZY = {
     "LMM": "foveate.model.lmm",
     "Learner": "foveate.learner",
     "Metric": "foveate.metrics",
+    "assemble": "foveate.assembly",
     "load_recipe": "foveate.recipe_file",
     "train": "foveate.train",
 }

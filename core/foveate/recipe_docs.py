@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from foveate import builtin
+from foveate.objective import ObjectiveOptions
 from foveate.plugins import load_plugins
 from foveate.recipe import DATASET, Recipe
 from foveate.registry import Component, load_registry
@@ -21,9 +22,9 @@ _INTRO = """# The recipe
 
 Written by `python -m foveate.recipe_docs docs/recipe.md` from the schema; a test holds it to the code.
 
-- **A part** (encoder, projector, LLM, data set, metric) is a name or a mapping. A name is a preset of `registry.yaml`
-  or a registered type; a mapping has `type` and options, or `preset` and the options to override. A `registry.yaml`
-  beside the recipe adds presets.
+- **A part** (encoder, projector, LLM, objective, teacher, data set, metric) is a name or a mapping. A name is a preset
+  of `registry.yaml` or a registered type; a mapping has `type` and options, or `preset` and the options to override. A
+  `registry.yaml` beside the recipe adds presets.
 - **Paths** are relative to the file they are written in; `output`, and paths in `--set`, to the current folder.
 - **`extends: other.yaml`** changes another recipe: mappings are merged, lists and single values replaced. `name` and
   `output` are not inherited: each recipe has a run of its own.
@@ -41,7 +42,9 @@ def render() -> str:
     pages = [_INTRO, *(_section(model, f"`{path}`" if path else "Top level") for path, model in _sections(Recipe, ""))]
     plugins, registry = load_plugins([]), load_registry()[0]
     plugins.add(builtin, "foveate")
-    for kind in ("encoders", "projectors", "llms", "datasets"):
+    pages.append("# Objectives\n\n`foveate plugins show NAME` tells the options of an objective; these every one has.\n")
+    pages.append(_section(ObjectiveOptions, "`objectives.NAME`"))
+    for kind in ("encoders", "projectors", "llms", "teachers", "datasets"):
         presets = ", ".join(f"`{name}`" for name in registry.presets[kind])
         pages.append(f"# Types of {kind}\n" + (f"\nPresets: {presets}.\n" if presets else ""))
         for name, registration in plugins.names[kind].items():

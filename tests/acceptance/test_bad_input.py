@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import foveate.cli
-import foveate.session
+import foveate.assembly
 from foveate.data.templates import template_source
 from foveate.data.tokenizer import train_tokenizer
 from tests.corpus import ENCODER, LLM, recipe_dict, write_corpus, write_recipe
@@ -44,7 +44,7 @@ def refused(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def build_nothing(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(foveate.session, "build_lmm", build_nothing)
+    monkeypatch.setattr(foveate.assembly, "build_lmm", build_nothing)
 
     def train(recipe: Path, *words: object) -> str:
         before = sorted(tmp_path.rglob("*"))

@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import foveate.cli
-import foveate.session
+import foveate.assembly
 from foveate.progress import Display
 from foveate.recipe_file import load_recipe
 from foveate.train import train
@@ -67,7 +67,7 @@ def refused(
     def build_nothing(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(foveate.session, "build_lmm", build_nothing)
+    monkeypatch.setattr(foveate.assembly, "build_lmm", build_nothing)
     with pytest.raises(SystemExit) as leaving:
         foveate.cli.main([command, str(write_recipe(folder, content))])
     err = capsys.readouterr().err
