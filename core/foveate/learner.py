@@ -53,7 +53,8 @@ class Learner(nn.Module):
         """`teachers`: where they are not to be built here, on the CPU in float32."""
         super().__init__()
         self.lmm = lmm
-        self.objectives = nn.ModuleDict(objectives or {})
+        self.objectives = nn.ModuleDict()
+        self.objectives._modules.update(objectives or {})  # a name such as `half` is an attribute of every module
         self.rules = {name: ObjectiveRule(name, type(part), part.options) for name, part in (objectives or {}).items()}
         self.teachers = teachers or TeacherRoom(objectives or {})
 

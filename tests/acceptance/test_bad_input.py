@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-import foveate.cli
 import foveate.assembly
+import foveate.cli
 from foveate.data.templates import template_source
 from foveate.data.tokenizer import train_tokenizer
 from tests.corpus import ENCODER, LLM, recipe_dict, write_corpus, write_recipe

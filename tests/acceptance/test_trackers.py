@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import foveate.cli
 import foveate.assembly
+import foveate.cli
 from foveate.progress import Display
 from foveate.recipe_file import load_recipe
 from foveate.train import train
