@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from foveate import __version__
+from foveate import __version__, plugin_cli
 from foveate.errors import FoveateError
 from foveate.plugins import Registration, installed_plugins
 
@@ -244,6 +244,10 @@ def _corpus_of_file(
 
 def _shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+app.add_typer(plugin_cli.app, name="plugins", cls=PluginGroup)
+app.command("new-plugin")(plugin_cli.new_plugin)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

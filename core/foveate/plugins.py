@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -47,9 +47,9 @@ class Source:
         """Whether it comes with foveate."""
         return _normal(self.distribution) == "foveate"
 
-    def among(self, names: Collection[str]) -> bool:
-        """Whether its distribution or its entry point is one of `names`, as they are spelt in `blocked_names`."""
-        return _normal(self.distribution) in names or _normal(self.name) in names
+    def called(self, name: str) -> bool:
+        """Whether `name` is its owner, its distribution, or its entry point."""
+        return _normal(name) in {_normal(self.owner), _normal(self.distribution), _normal(self.name)}
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ def _registrations(manager: pluggy.PluginManager, plugin: Any, kind: str, owner:
 
 
 def blocked_names() -> list[str]:
-    """What the environment variable `FOVEATE_BLOCK_PLUGINS` names, normalized."""
-    return [_normal(name.strip()) for name in os.environ.get(BLOCK, "").split(",") if name.strip()]
+    """What the environment variable `FOVEATE_BLOCK_PLUGINS` names."""
+    return [name.strip() for name in os.environ.get(BLOCK, "").split(",") if name.strip()]
 
 
 def load_plugins(points: list[EntryPoint] | None = None) -> Plugins:
@@ -211,7 +211,7 @@ def load_plugins(points: list[EntryPoint] | None = None) -> Plugins:
     found = [(_source(point), point) for point in (entry_points(group="foveate") if points is None else points)]
     for source, point in sorted(found, key=lambda pair: _order(pair[0])):
         plugins.sources[source.owner] = source
-        if source.among(blocked):
+        if any(source.called(name) for name in blocked):
             plugins.broken[source.owner] = f"the environment variable {BLOCK} blocks it"
             plugins.blocked.add(source.owner)
             continue
