@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from foveate import __version__, plugin_cli
+from foveate import __version__, plugin_cli, show_cli
 from foveate.errors import FoveateError
 from foveate.plugins import Registration, installed_plugins
 
@@ -117,6 +117,8 @@ def train(
         display = Display()
         display.say(f"run folder: {folder} (recipe.yaml, manifest.json, metrics.jsonl, the stages' checkpoints)")
         display.say(f"model: {folder / 'model'}; start another recipe from it with `model: {{from: {folder}}}`")
+        if (folder / "report.html").is_file():
+            display.say(f"report: {folder / 'report.html'}")
         display.say(f"try next: foveate train {recipe} --set name={loaded.name}-2 --set seed={loaded.seed + 1}")
 
 
@@ -248,6 +250,7 @@ def _shown(path: Path) -> Path:
 
 app.add_typer(plugin_cli.app, name="plugins", cls=PluginGroup)
 app.command("new-plugin")(plugin_cli.new_plugin)
+app.command(cls=show_cli.ManyImages)(show_cli.show)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

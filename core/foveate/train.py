@@ -7,15 +7,16 @@ from accelerate.utils import gather_object
 from foveate.assembly import save_heads
 from foveate.files import atomic_folder, write_json
 from foveate.fitting import fit_teachers
+from foveate.loaded import MODEL, LoadedRun
 from foveate.metrics import Answer, Evaluation, evaluate
 from foveate.model.build import save_lmm
 from foveate.progress import Display
 from foveate.recipe import Recipe
+from foveate.report import report
 from foveate.run import Run
 from foveate.session import Session, StopRequest
 from foveate.stage import StageLoop
 
-MODEL = "model"
 EVALUATION = "evaluation.json"
 
 
@@ -39,6 +40,7 @@ def train(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
                 session.plugins.hook.stage_finished(run=session.run, stage=stage.name)
         save_model(session)
         evaluate_run(session)
+        report_run(session)
         session.accelerator.end_training()
     return session.run
 
@@ -58,6 +60,14 @@ def save_model(session: Session) -> None:
         with atomic_folder(session.run.folder / MODEL) as folder:
             save_lmm(session.lmm, session.plan, folder, session.data.tokenizer, facts)
             save_heads(session.objectives, session.recipe, folder)
+    session.accelerator.wait_for_everyone()
+
+
+def report_run(session: Session) -> None:
+    """Pictures of what the objectives have learned, and `RUN/report.html`; the others wait for the main process."""
+    if session.accelerator.is_main_process:
+        finished = LoadedRun(session.run, session.recipe, session.lmm, session.learner.eval(), session.data)
+        report(finished, session.plugins, session.display)
     session.accelerator.wait_for_everyone()
 
 

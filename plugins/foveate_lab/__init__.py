@@ -1,7 +1,14 @@
-"""What foveate brings along to try it with: the data set ``digits``, its export, and answers' accuracy."""
+"""What foveate brings along to try it with: the data set ``digits``, its export, answers' accuracy, a run's curves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from foveate import hookimpl
 from foveate.hookspecs import Register
+
+if TYPE_CHECKING:
+    from foveate.run import Run
 
 HOOK_API = 1
 
@@ -19,3 +26,10 @@ def register_metrics(register: Register) -> None:
 @hookimpl
 def register_commands(register: Register) -> None:
     register("data digits", "foveate_lab.export:data_digits")
+
+
+@hookimpl
+def report_sections(run: Run) -> list[tuple[str, str]]:
+    from foveate_lab.report import sections  # matplotlib, only when a run ends
+
+    return sections(run)
