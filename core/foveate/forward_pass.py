@@ -52,8 +52,8 @@ class ForwardPass:
         self._run(objectives, rules)
 
     def _encoder_layers(self) -> set[int]:
-        depth = len(self.lmm.encoder.blocks())
         wanted = {layer for reads in self.reads.values() for layer in (*reads.encoder, *reads.teacher)}
+        depth = len(self.lmm.encoder.blocks()) if wanted else 0
         return {layer_index(layer, depth) for layer in wanted}
 
     def _run(self, objectives: Mapping[str, VisionObjective], rules: Mapping[str, ObjectiveRule]) -> None:
@@ -158,11 +158,13 @@ class ForwardPass:
                 raise PluginError(f"objective '{name}' reads the encoder's layer {layer}, which its `reads` lacks")
             return self._encoder_states(rows.numbers, layer)
 
-        tokens = self.vision.tokens if self.vision else self.states.new_zeros(0, self.lmm.llm.width)
+        def tokens() -> Tensor:
+            return _full(self.vision.tokens if self.vision else self.states[:0]).index_select(0, rows.visual)
+
         return Outputs(
             rows.images, name, self.moment,
-            visual_tokens=_full(tokens.index_select(0, rows.visual)),
-            edited=self.edited_V.index_select(0, rows.visual),
+            like=self.states.new_empty(0, dtype=torch.promote_types(self.states.dtype, torch.float32)), visual_tokens=tokens,
+            edited=lambda: self.edited_V.index_select(0, rows.visual),
             states=at(rows.read), extra_states=at(rows.extra), encoder_states=encoder,
             encoder_grid=self.lmm.encoder.spec.grid,
             teacher=self.teachers.of(name) if objective.teacher_in_loss else None,
@@ -193,7 +195,8 @@ class ForwardPass:
                 with torch.no_grad():
                     self._hidden = encode(self.lmm.encoder, self.batch.pixels, self._layers)
             where, states = list(numbers), self._hidden[index]
-        return _full(states.detach()[where].flatten(0, 1))
+        chosen = states.detach() if where == list(range(len(states))) else states.detach()[where]
+        return _full(chosen.flatten(0, 1))
 
 
 def teacher_inputs(

@@ -14,6 +14,7 @@ image after image (the sum of all N), D width of the LLM, E width of the encoder
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from abc import abstractmethod
@@ -58,8 +59,10 @@ class ObjectiveOptions(Options):
         """Whether the objective `name` takes part in a step; the same on every process."""
         if moment.step < self.start_step or (self.end_step is not None and moment.step >= self.end_step):
             return False
+        if self.probability == 1:
+            return True
         drawn = torch.Generator().manual_seed(moment.seed_of("takes part", name))
-        return self.probability == 1 or float(torch.rand((), generator=drawn)) < self.probability
+        return float(torch.rand((), generator=drawn)) < self.probability
 
 
 @dataclass(frozen=True)
@@ -213,21 +216,30 @@ class Edit:
 class Outputs(Rows):
     """What the model made of a micro-batch, as one objective sees it. Float32 (or 64), autocast off.
 
-    `visual_tokens` `[R, D]`: the LLM's inputs before any edit. `edited` `[R]` bool: rows that an editor changed.
     `teacher`: where the objective says `teacher_in_loss`; frozen, but gradients flow through it. `pixels`
     `[I, 3, H, W]`: the encoder's, where it says `pixels_in_loss`.
     """
 
     def __init__(
-        self, images: Sequence[ImageRows], objective: str, moment: Moment, *, visual_tokens: Tensor, edited: Tensor,
-        states: Callable[[Layer], Tensor], extra_states: Callable[[Layer], Tensor],
-        encoder_states: Callable[[Layer], Tensor], encoder_grid: Grid, teacher: nn.Module | None = None,
-        pixels: Tensor | None = None,
+        self, images: Sequence[ImageRows], objective: str, moment: Moment, *, like: Tensor,
+        visual_tokens: Callable[[], Tensor], edited: Callable[[], Tensor], states: Callable[[Layer], Tensor],
+        extra_states: Callable[[Layer], Tensor], encoder_states: Callable[[Layer], Tensor], encoder_grid: Grid,
+        teacher: nn.Module | None = None, pixels: Tensor | None = None,
     ):  # fmt: skip
-        super().__init__(images, objective, moment, visual_tokens)
-        self.visual_tokens, self.edited, self.encoder_grid = visual_tokens, edited, encoder_grid
-        self.teacher, self.pixels = teacher, pixels
+        super().__init__(images, objective, moment, like)
+        self.encoder_grid, self.teacher, self.pixels = encoder_grid, teacher, pixels
+        self._visual_tokens, self._edited = visual_tokens, edited
         self._states, self._extra_states, self._encoder_states = states, extra_states, encoder_states
+
+    @functools.cached_property
+    def visual_tokens(self) -> Tensor:
+        """The LLM's inputs before any edit, `[R, D]`."""
+        return self._visual_tokens()
+
+    @functools.cached_property
+    def edited(self) -> Tensor:
+        """`[R]` bool: rows that an editor, this objective's or another's, changed."""
+        return self._edited()
 
     def states(self, layer: Layer = -1) -> Tensor:
         """The visual outputs `[R, D]`: the LLM's states at a layer that `reads` declares, shifted as it declares."""
@@ -243,6 +255,8 @@ class Outputs(Rows):
 
     def on_visual_grid(self, rows: Tensor, grid: Grid) -> Tensor:
         """Values `[I*gh*gw, …]` on `grid` of each image → `[R, …]`: interpolated, dropped rows left out."""
+        if all(image.record.grid == grid and _has_rows(image) and not image.dropped for image in self.images):
+            return rows
         parts = rows.split(grid[0] * grid[1])
         moved = [resize_rows(part, grid, image.record.grid) for part, image in zip(parts, self.images, strict=True)]
         kept = [part[image.dropped :] for part, image in zip(moved, self.images, strict=True) if _has_rows(image)]

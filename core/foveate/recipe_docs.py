@@ -42,7 +42,7 @@ def render() -> str:
     pages = [_INTRO, *(_section(model, f"`{path}`" if path else "Top level") for path, model in _sections(Recipe, ""))]
     plugins, registry = load_plugins([]), load_registry()[0]
     plugins.add(builtin, "foveate")
-    pages.append("# Objectives\n\n`foveate plugins show NAME` tells the options of an objective; these every one has.\n")
+    pages.append("# Objectives\n\n`foveate plugins show NAME` tells the options of one; these every objective has.\n")
     pages.append(_section(ObjectiveOptions, "`objectives.NAME`"))
     for kind in ("encoders", "projectors", "llms", "teachers", "datasets"):
         presets = ", ".join(f"`{name}`" for name in registry.presets[kind])
