@@ -5,14 +5,18 @@ explicitly, by the keyword `segments` of the LLM's forward. Its cost is linear i
 whole row is ever made. Causal inside a segment, a sliding window is honoured, anything else that a model may ask of its
 attention (soft-capping, sinks, biases) is refused rather than ignored.
 
-Shapes: H query heads, K key heads, T tokens of the row, d width of a head.
+Objectives may wish that some tokens also see what comes after them: `Segments` carries such blocks. Only the segments
+that hold a block get a mask, made once a forward and shared by all layers.
+
+Shapes: H query heads, K key heads, T tokens of the row, L tokens of one segment, d width of a head.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,15 +38,41 @@ _HARMLESS = {
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the samples of a packed row lie: their `lengths` in row order and `starts` `[n+1]` int32 on the device."""
+    """Where the samples of a packed row lie: their `lengths` in row order and `starts` `[n+1]` int32 on the device.
+
+    A token sees itself and what is before it in its segment. `blocks` `[T]` int64 adds: tokens of a segment with the
+    same number, 0 apart, see each other in both directions. `groups` `[T]` int64 takes away: of its own block a token
+    sees only group 0 and its own group. Both lie on the device; `blocked` says which segments hold a block, so that no
+    layer has to ask the device. Made by `Segments.of`.
+    """
 
     lengths: tuple[int, ...]
     starts: Tensor
+    blocks: Tensor | None = None
+    groups: Tensor | None = None
+    blocked: tuple[bool, ...] = ()
+    _masks: dict[int | None, list[Tensor | None]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Segments:
+    def of(
+        cls, lengths: tuple[int, ...], device: torch.device, blocks: Tensor | None = None, groups: Tensor | None = None
+    ) -> Segments:
+        """Segments of these lengths. `blocks` belong on the CPU (else they are copied there); `groups` anywhere.
+
+        Raises `ModelError` where blocks or groups are not one integer a token, or groups come without blocks.
+        """
         starts = list(itertools.accumulate(lengths, initial=0))
-        return cls(lengths, torch.tensor(starts, dtype=torch.int32, device=device))
+        starts_device = torch.tensor(starts, dtype=torch.int32, device=device)
+        for name, numbers in (("blocks", blocks), ("groups", groups)):
+            if numbers is not None and (numbers.shape != (starts[-1],) or numbers.dtype != torch.int64):
+                found = f"{numbers.dtype} {list(numbers.shape)}"
+                raise ModelError(f"attention {name} must be one int64 a token, [{starts[-1]}]; they are {found}")
+        if blocks is None and groups is not None:
+            raise ModelError("attention groups were given without the blocks that they divide")
+        blocked = () if blocks is None else tuple(bool(part.any()) for part in blocks.cpu().split(lengths))
+        if blocks is None or not any(blocked):
+            return cls(lengths, starts_device)
+        return cls(lengths, starts_device, blocks.to(device), None if groups is None else groups.to(device), blocked)
 
     @property
     def longest(self) -> int:
@@ -51,8 +81,36 @@ class Segments:
 
     @property
     def runs(self) -> list[tuple[int, int]]:
-        """Neighbours of equal length as (how many, length): each run is one batched attention call."""
-        return [(len(list(group)), length) for length, group in itertools.groupby(self.lengths)]
+        """Neighbours of equal length as (how many, length): each run is one batched attention call.
+
+        Segments with and without a block are never in one run, so that no sample's arithmetic depends on its neighbour.
+        """
+        alike = zip(self.lengths, self.blocked or (False,) * len(self.lengths), strict=True)
+        return [(len(list(group)), length) for (length, _), group in itertools.groupby(alike)]
+
+    def masks(self, window: int | None) -> list[Tensor | None]:
+        """Who sees whom, one a run: `[count, 1, L, L]` or `[L, L]` bool, or None where plain causal attention does.
+
+        With a sliding window a token sees only what is less than `window` tokens away, on either side. Made at the
+        first call for a window and kept as long as the segments are.
+        """
+        if window not in self._masks:
+            self._masks[window] = self._make_masks(window)
+        return self._masks[window]
+
+    def _make_masks(self, window: int | None) -> list[Tensor | None]:
+        masks, start, first = list[Tensor | None](), 0, 0
+        for count, length in self.runs:
+            part = slice(start, start + count * length)
+            if self.blocks is not None and self.blocked[first]:
+                blocks = self.blocks[part].view(count, length)
+                groups = None if self.groups is None else self.groups[part].view(count, length)
+                masks.append(_block_mask(blocks, groups, window)[:, None])
+            else:
+                banded = window is not None and length > window
+                masks.append(_band(length, window, self.starts.device) if banded else None)
+            start, first = part.stop, first + count
+        return masks
 
 
 def packed_attention(
@@ -67,9 +125,10 @@ def packed_attention(
     segments: Segments | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment. query `[1, H, T, d]`, key and value `[1, K, T, d]` → `[1, T, H, d]`.
+    """Attention inside each segment, causal but for the segments' blocks.
 
-    Raises `ModelError` when the model asks for something that this function does not do, or gives no boundaries.
+    query `[1, H, T, d]`, key and value `[1, K, T, d]` → `[1, T, H, d]`. Raises `ModelError` when the model asks for
+    something that this function does not do, or gives no boundaries.
     """
     unknown = sorted(name for name, wish in others.items() if wish is not None and name not in _HARMLESS)
     if unknown or attention_mask is not None or not getattr(module, "is_causal", True):
@@ -80,7 +139,9 @@ def packed_attention(
     if query.shape[2] != segments_total(segments):
         raise ModelError(f"a row of {query.shape[2]} tokens came with segments of {segments_total(segments)} in total")
     if query.is_cuda and (half := _half_precision(query)) is not None:
-        return _varlen(query.to(half), key.to(half), value.to(half), segments, scaling, sliding_window, dropout), None
+        query, key, value = query.to(half), key.to(half), value.to(half)
+        if segments.blocks is None:
+            return _varlen(query, key, value, segments, scaling, sliding_window, dropout), None
     return _segmentwise(query, key, value, segments, scaling, sliding_window, dropout), None
 
 
@@ -101,7 +162,7 @@ def _half_precision(query: Tensor) -> torch.dtype | None:
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None, p: float
 ) -> Tensor:
-    """Torch's variable-length attention: CUDA, 16 bit."""
+    """Torch's variable-length attention: CUDA, 16 bit, no blocks (it takes no mask)."""
     from torch.nn.attention.varlen import varlen_attn
 
     if p:
@@ -124,12 +185,15 @@ def _segmentwise(
     The row is cut by `split`, whose backward is one concatenation; a slice a segment would make a gradient of the whole
     row for each of them.
     """
-    runs = segments.runs
+    runs, masks = segments.runs, segments.masks(window)
     cuts = [count * length for count, length in runs]
+    rows = (x[0].split(cuts, dim=1) for x in (query, key, value))
     outputs = []
-    for (count, length), *parts in zip(runs, *(x[0].split(cuts, dim=1) for x in (query, key, value)), strict=True):
+    for (count, length), mask, *parts in zip(runs, masks, *rows, strict=True):
         q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)
-        mask = _band(length, window, query.device) if window is not None and length > window else None
+        if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
+            # CUDA's memory-efficient kernel takes a mask but no grouped heads; without it, scores are materialised
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p=p, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -142,6 +206,53 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
     """`[length, length]` bool: each token sees itself and the `window - 1` tokens before it."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril() & ones.triu(1 - window)
+
+
+def _block_mask(blocks: Tensor, groups: Tensor | None, window: int | None) -> Tensor:
+    """The rule of `Segments` for `count` segments: blocks and groups `[count, L]` → `[count, L, L]` bool."""
+    length = blocks.shape[1]
+    together = (blocks[:, :, None] == blocks[:, None, :]) & (blocks != 0)[:, :, None]
+    mask = together | together.new_ones(length, length).tril()
+    if groups is not None:
+        closed = (groups[:, None, :] != 0) & (groups[:, :, None] != groups[:, None, :])
+        mask &= ~(together & closed)
+    if window is not None and length > window:
+        mask &= mask.new_ones(length, length).triu(1 - window).tril(window - 1)
+    return mask
+
+
+def image_blocks(total: int, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Blocks for the wish `image_bidirectional`: `[total]` int64 on the CPU, n+1 on the n-th span (start, length).
+
+    An empty span makes no block, wherever it starts. Raises `ModelError` where one leaves the row or two overlap.
+    """
+    blocks = torch.zeros(total, dtype=torch.int64)
+    for number, (start, length) in enumerate(spans, start=1):
+        if length == 0:
+            continue
+        part = blocks[start : start + length] if start >= 0 else blocks[:0]
+        if length < 0 or len(part) != length:
+            raise ModelError(f"tokens {start} to {start + length} of an image lie outside of their row of {total}")
+        if part.any():
+            raise ModelError(f"tokens {start} to {start + length} of an image overlap those of another")
+        part.fill_(number)
+    return blocks
+
+
+def prefix_blocks(lengths: Sequence[int], prompts: Sequence[int]) -> Tensor:
+    """Blocks for the wish `prefix_bidirectional`: `[T]` int64 on the CPU, number i+1 on sample i's first `prompts[i]`
+    tokens.
+
+    Raises `ModelError` where the samples differ in number, or a prompt is longer than its sample.
+    """
+    if len(lengths) != len(prompts):
+        raise ModelError(f"{len(prompts)} prompts were given for {len(lengths)} samples")
+    parts = [torch.zeros(0, dtype=torch.int64)]
+    for number, (length, prompt) in enumerate(zip(lengths, prompts, strict=True), start=1):
+        if not 0 <= prompt <= length:
+            raise ModelError(f"sample {number - 1} of a row has a prompt of {prompt} tokens and a length of {length}")
+        parts.append((torch.arange(length) < prompt).long() * number)
+    return torch.cat(parts)
 
 
 AttentionInterface.register(NAME, packed_attention)
