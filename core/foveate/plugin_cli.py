@@ -270,9 +270,9 @@ def _reads(found: Plugins, entry: Registration, cls: Any) -> str:
         return "depends on its required options"
     except FoveateError as error:
         return str(error)
-    layers = {"LLM": reads.llm, "encoder": reads.encoder, "encoder, for its teacher": reads.teacher}
-    told = [f"{stack} {', '.join(map(str, which))}" for stack, which in layers.items() if which]
-    return f"layers: {'; '.join(told) or 'none'}" + (", of the token before each visual token" if reads.shift else "")
+    layers = {"LLM": reads.llm, "encoder": reads.encoder, "encoder, for its teacher,": reads.teacher}
+    told = [f"{stack} at layer {', '.join(map(str, which))}" for stack, which in layers.items() if which]
+    return ("; ".join(told) or "nothing") + ("; states of the token before each visual token" if reads.shift else "")
 
 
 def recipe_lines(kind: str, name: str, required: Iterable[tuple[str, str, str]]) -> str:

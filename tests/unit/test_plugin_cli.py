@@ -211,7 +211,8 @@ def test_what_an_objective_reads_and_does(command: Command, site: Path) -> None:
     facts = told(command, "plugins", "show", "simple")["facts"]
     assert facts["images"] == "those that the model sees"
     assert facts["reads"] == (
-        "layers: LLM 0.5, -1; encoder -2; encoder, for its teacher 0, of the token before each visual token"
+        "LLM at layer 0.5, -1; encoder at layer -2; encoder, for its teacher, at layer 0; "
+        "states of the token before each visual token"
     )
     assert facts["also"] == "edits the visual tokens"
     assert facts["paper"] == "arXiv 2501.00001"

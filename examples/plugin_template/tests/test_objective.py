@@ -22,9 +22,9 @@ def test_the_loss_is_the_sum_of_one_minus_cosine() -> None:
     images = [ImageRows(record, slice(6 * at, 6 * at + 6)) for at, record in enumerate(records)]
     states, features = (torch.randn(12, size, dtype=torch.float64) for size in (llm_width, width))
     outputs = Outputs(
-        images, "align", Moment(), visual_tokens=states, edited=torch.zeros(12, dtype=torch.bool),
-        states={0.5: states}.__getitem__, extra_states=lambda layer: states[:0],
-        encoder_states={-1: features}.__getitem__, encoder_grid=grid,
+        images, "align", Moment(), like=states, states={0.5: states}.__getitem__, extra_states=lambda layer: states[:0],
+        encoder_states={-1: features}.__getitem__, encoder_grid=grid, visual_tokens=lambda: states,
+        edited=lambda: torch.zeros(12, dtype=torch.bool),
     )  # fmt: skip
 
     expected = 0.0
