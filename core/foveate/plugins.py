@@ -20,7 +20,7 @@ from typing import Any
 import pluggy
 
 from foveate import hookspecs
-from foveate.errors import PluginError
+from foveate.errors import FoveateError, PluginError
 
 KINDS = ("encoders", "projectors", "llms", "objectives", "teachers", "datasets", "metrics", "commands")
 HOOKS = tuple(name for name, value in vars(hookspecs).items() if hasattr(value, "foveate_spec"))
@@ -85,6 +85,29 @@ class Registration:
             ) from error
 
 
+class _Hooks:
+    """The hooks of a manager, as functions."""
+
+    def __init__(self, manager: pluggy.PluginManager) -> None:
+        self._manager = manager
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        caller = getattr(self._manager.hook, name)
+
+        def call(**arguments: Any) -> Any:
+            try:
+                return caller(**arguments)
+            except FoveateError:
+                raise
+            except Exception as error:
+                run = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+                found = [one for one in caller.get_hookimpls() if getattr(one.function, "__code__", None) in run]
+                owners = " or ".join(one.plugin_name for one in found) or "a plugin"
+                raise PluginError(f"{owners} failed in its hook {name}: {error!r}") from error
+
+        return call
+
+
 @dataclass
 class Plugins:
     """Every plugin that was found: the pluggy manager, the names they registered, and those that are not available."""
@@ -100,8 +123,11 @@ class Plugins:
 
     @property
     def hook(self) -> Any:
-        """Calls a hook of every plugin: `plugins.hook.stage_finished(run=…, stage=…)`."""
-        return self.manager.hook
+        """Calls a hook of every plugin: `plugins.hook.stage_finished(run=…, stage=…)`.
+
+        Raises `PluginError` with the plugin's name for whatever one of them raises that is no `FoveateError`.
+        """
+        return _Hooks(self.manager)
 
     def find(self, kind: str, name: str) -> Registration | None:
         """What is registered under `name`, or None."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from foveate.errors import PluginError, RecipeError
+from foveate.errors import PluginError, RecipeError, TrainingError
 from foveate.plugins import BLOCK, load_plugins
 from foveate.recipe_file import load_recipe
 from tests.corpus import recipe_dict, write_recipe
@@ -74,7 +74,7 @@ def test_a_broken_plugin_harms_nobody_and_is_told_to_whoever_asks(
     assert set(plugins.broken) == {OWNER} and not plugins.blocked
     assert OWNER not in dict(plugins.manager.list_name_plugin())
     assert all(entry.owner != OWNER for names in plugins.names.values() for entry in names.values())
-    assert not any(entry.plugin_name == OWNER for entry in plugins.hook.step_finished.get_hookimpls())
+    assert not any(entry.plugin_name == OWNER for entry in plugins.manager.hook.step_finished.get_hookimpls())
     load_recipe(recipe(tmp_path, shared_corpus), plugins=plugins)
     loaded = load_recipe(recipe(tmp_path, shared_corpus, "sound"), plugins=plugins)
     assert loaded.objectives["sound"].cls.__module__ == "sound_things"
@@ -203,3 +203,31 @@ def test_a_plugin_may_be_an_object(site: Path) -> None:
     plugins = load_plugins()
     assert not plugins.broken and plugins.find("objectives", "neat") is not None
     assert plugins.hooks_of(OWNER) == ["register_objectives"]
+
+
+def test_what_a_hook_raises_names_its_plugin(site: Path) -> None:
+    """And the others' calls are told apart; foveate's own errors, and Ctrl-C, pass as they are."""
+    calm = HOOKS + "@foveate.hookimpl\ndef stage_started(stage): return stage\n"
+    install(site, "foveate-calm", {"calm_plugin.py": calm})
+    source = """\
+    import foveate
+    from foveate.errors import TrainingError
+
+    HOOK_API = 1
+
+    @foveate.hookimpl
+    def stage_started(stage):
+        raise {"value": ValueError("no disk"), "own": TrainingError("enough"), "stop": KeyboardInterrupt()}[stage]
+    """
+    install(site, "foveate-neat", {"neat_plugin.py": source}, neat="neat_plugin")
+    plugins = load_plugins()
+    with pytest.raises(PluginError) as error:
+        plugins.hook.stage_started(run=None, stage="value")
+    assert str(error.value) == f"{OWNER} failed in its hook stage_started: ValueError('no disk')"
+    assert isinstance(error.value.__cause__, ValueError)
+    with pytest.raises(TrainingError, match=r"^enough$"):
+        plugins.hook.stage_started(run=None, stage="own")
+    with pytest.raises(KeyboardInterrupt):
+        plugins.hook.stage_started(run=None, stage="stop")
+    plugins.manager.unregister(name=OWNER)
+    assert plugins.hook.stage_started(run=None, stage="value") == ["value"]
