@@ -162,8 +162,8 @@ class ForwardPass:
             return _full(self.vision.tokens if self.vision else self.states[:0]).index_select(0, rows.visual)
 
         return Outputs(
-            rows.images, name, self.moment,
-            like=self.states.new_empty(0, dtype=torch.promote_types(self.states.dtype, torch.float32)), visual_tokens=tokens,
+            rows.images, name, self.moment, visual_tokens=tokens,
+            like=self.states.new_empty(0, dtype=torch.promote_types(self.states.dtype, torch.float32)),
             edited=lambda: self.edited_V.index_select(0, rows.visual),
             states=at(rows.read), extra_states=at(rows.extra), encoder_states=encoder,
             encoder_grid=self.lmm.encoder.spec.grid,
