@@ -238,13 +238,15 @@ def _facts(found: Plugins, entry: Registration, cls: Any) -> dict[str, str]:
 
     if not (isinstance(cls, type) and issubclass(cls, VisionObjective)):
         raise PluginError(f"objective '{entry.name}' of {entry.owner}: {cls!r} is no subclass of VisionObjective")
-    known = load_registry()[0].known["objectives"].get(entry.name)
+    registry = load_registry()[0]
+    known = registry.known["objectives"].get(entry.name)
     facts = {"paper": f"arXiv {known.paper}"} if known and known.paper else {}
     seen = {"input": "those that the model sees", "target": "`target` images, which the model does not see"}
     facts["images"] = seen[cls.role]
     facts["reads"] = _reads(found, entry, cls)
     if "teacher" in cls.Options.model_fields:
-        facts["teacher"] = "the one that the option `teacher` names"
+        names = ", ".join([*found.names["teachers"], *registry.presets["teachers"]])
+        facts["teacher"] = f"the one that the option `teacher` names, of {names or 'none that is installed'}"
     elif changes("build_teacher"):
         facts["teacher"] = "its own"
     habits = {

@@ -244,7 +244,7 @@ def load_plugins(points: list[EntryPoint] | None = None) -> Plugins:
         try:
             plugins.add(point.load(), source.owner)
         except PluginError as error:
-            plugins.broken[source.owner] = str(error)
+            plugins.broken[source.owner] = re.sub(rf"^{re.escape(source.owner)}:? ", "", str(error))
         except (Exception, SystemExit):
             plugins.broken[source.owner] = traceback.format_exc()
     return plugins

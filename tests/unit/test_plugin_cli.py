@@ -68,6 +68,7 @@ class Simple(Rich):
 
     class Options(ObjectiveOptions):
         layer: float = Field(0.5, description="Layer.")
+        teacher: foveate.TeacherChoice | None = Field(None, description="Teacher.")
 
     @classmethod
     def reads(cls, options):
@@ -81,6 +82,8 @@ class Simple(Rich):
 CATALOGUE = """\
 encoders:
   wide: {type: hf, pretrained: nobody/wide}
+teachers:
+  small: {type: patches}
 objectives:
   simple: {distribution: foveate-rich, summary: is simple, paper: "2501.00001", install: pip install foveate-rich}
   sober: {distribution: foveate-sober, summary: stays sober, install: pip install foveate-sober}
@@ -208,12 +211,13 @@ def test_an_objective_is_described_with_every_option(command: Command, site: Pat
 
 
 def test_what_an_objective_reads_and_does(command: Command, site: Path) -> None:
-    facts = told(command, "plugins", "show", "simple")["facts"]
+    facts, teachers = told(command, "plugins", "show", "simple")["facts"], [*load_plugins().names["teachers"], "small"]
     assert facts["images"] == "those that the model sees"
     assert facts["reads"] == (
         "LLM at layer 0.5, -1; encoder at layer -2; encoder, for its teacher, at layer 0; "
         "states of the token before each visual token"
     )
+    assert facts["teacher"] == f"the one that the option `teacher` names, of {', '.join(teachers)}"
     assert facts["also"] == "edits the visual tokens"
     assert facts["paper"] == "arXiv 2501.00001"
     assert "paper" not in told(command, "plugins", "show", "rich")["facts"]
