@@ -12,6 +12,7 @@ pytest, the fixtures `foveate_lmm`, `foveate_batches` and `foveate_learner` offe
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,6 +51,7 @@ CHECKS: tuple[Check, ...] = (
     # its teacher, and what it does around the LLM
     Check("teacher", checks_model.teacher),
     Check("class methods", checks_class.class_methods),
+    Check("targets", checks_model.teacher_targets),
     Check("edits", checks_model.edits),
     Check("extra tokens", checks_model.extra_tokens),
     Check("attention", checks_model.attention),
@@ -61,12 +63,12 @@ CHECKS: tuple[Check, ...] = (
     Check("memory", checks_loss.memory, (*_FINITE, "noise")),
     Check("sums", checks_sums.sums, _PURE),
     Check("packing", checks_sums.packing, (*_PURE, "sums")),
-    Check("count", checks_count.count, _PURE),
+    Check("count", checks_count.count, (*_PURE, "sums")),
     Check("other objectives", checks_sums.other_objectives, _PURE),
     # a run around it
     Check("checkpoint", checks_class.round_trip, _PURE),
     Check("frozen teacher", checks_model.frozen_teacher, _FINITE),
-    Check("autocast", checks_model.autocast, _FINITE),
+    Check("autocast", checks_loss.autocast, _FINITE),
     Check("pictures", checks_model.pictures, _FINITE),
 )
 """All checks, in the order in which they run. Each is a function `(Kit) -> what was measured`."""
@@ -118,6 +120,6 @@ def _result(check: Check, kit: Kit, before: Sequence[Result]) -> Result:
         told = str(error) if isinstance(error, FoveateError) else f"{type(error).__name__}: {error}"
         if failed:
             return Result(check.name, "not run", told.strip().splitlines()[0][:200])
-        cause = error.__cause__
-        do = "Mend what raises" + (f"; it began as {type(cause).__name__}." if cause else ".")
+        place = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]
+        do = f"Mend what raises: line {place.lineno} of {place.filename}, in {place.name}."
         return Result(check.name, "failed", told, "An objective that raises stops the training.", do)

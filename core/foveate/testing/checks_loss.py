@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foveate.errors import PluginError
 from foveate.testing.kit import (
     Kit,
     apart,
@@ -24,9 +25,9 @@ from foveate.testing.report import Failed
 
 
 def kinds_of_samples(kit: Kit) -> str:
-    """Every kind of sample by itself gives a finite loss and finite gradients."""
+    """Every kind of sample with an image gives, by itself, a finite loss and finite gradients."""
     learner, bad, totals = kit.start.learner, dict[str, str](), dict[str, float]()
-    for kind, sample in kit.start.samples.items():
+    for kind, sample in ((kind, sample) for kind, sample in kit.start.samples.items() if sample.images):
         learner.zero_grad(set_to_none=True)
         term = kit.term(kit.start.pack([sample]), learner)
         if term.total.requires_grad:
@@ -42,7 +43,7 @@ def kinds_of_samples(kit: Kit) -> str:
             "A value that is not finite stops the training.",
             "Guard divisions, roots and logarithms; an image may have padding, and one row less with shift 1.",
         )
-    return ", ".join(f"{kind} {total:.4g}" for kind, total in totals.items() if kit.start.samples[kind].images)
+    return ", ".join(f"{kind} {total:.4g}" for kind, total in totals.items())
 
 
 def gradient_flow(kit: Kit) -> str:
@@ -69,10 +70,15 @@ def gradient_flow(kit: Kit) -> str:
 def text_only(kit: Kit) -> str:
     """A row without an image: a dummy stands in, and the term and its gradients are exactly zero."""
     bench = kit.trained
-    term, real = kit.measure([bench.samples["text only"]]), kit.measure(list(bench.samples.values()))
     do = "Let the dummy picture run through the same code as any other, without a special case for record.dummy."
     why = "A process without an image computes the loss on a dummy picture, so that all processes run the same code; "
     why += "zero times NaN is NaN, and a parameter without a gradient lets the other processes wait for ever."
+    try:
+        term, real = kit.measure([bench.samples["text only"]]), kit.measure(list(bench.samples.values()))
+    except PluginError as error:
+        if error.__cause__ is not None:  # the objective raised
+            raise
+        raise Failed(str(error), why, do) from error
     if term.total != 0.0:
         raise Failed(f"the term is {term.total!r}, not 0.0", why, do)
     bad = [name for name, gradient in term.gradients.items() if gradient is not None and bool((gradient != 0).any())]
@@ -149,3 +155,21 @@ def _attributes(objective: nn.Module) -> dict[str, Any]:
         for key, value in vars(module).items()
         if not key.startswith("_")
     }
+
+
+def autocast(kit: Kit) -> str:
+    """Under bf16 autocast with a float32 model, loss and gradients are finite."""
+    learner, batch = kit.in_float32(), kit.trained.mixed
+    with torch.autocast("cpu", torch.bfloat16):
+        term = kit.term(batch, learner)
+    if term.total.requires_grad:
+        term.total.backward()
+    bad = [name for name, p in learner.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    if not term.total.isfinite() or bad:
+        raise Failed(
+            f"loss {float(term.total.detach()):.4g}; gradients that are not finite: {', '.join(bad[:4]) or 'none'}",
+            "Training runs in bfloat16 by default; a value that is not finite stops it.",
+            "Guard divisions, roots and logarithms with an epsilon that float32 can hold, such as 1e-6.",
+        )
+    exact = kit.total(batch)
+    return f"loss {float(term.total.detach()):.5g}, in float64 {exact:.5g}"

@@ -15,9 +15,9 @@ from torch import Tensor
 from foveate.errors import PluginError
 from foveate.forward_pass import teacher_inputs
 from foveate.objective import AttentionWish, Edit, EditInputs, Picture, VisionObjective
-from foveate.targets import called
+from foveate.targets import TeacherRoom, called
 from foveate.testing.kit import MOMENT, TOLERANCE, Kit, forward
-from foveate.testing.models import Bench
+from foveate.testing.models import Bench, build_objective
 from foveate.testing.report import Failed, Skipped
 from foveate.types import Batch
 
@@ -26,19 +26,29 @@ Records = dict[tuple[str, int], Mapping[str, Tensor]]
 
 
 def teacher(kit: Kit) -> str:
-    """The teacher is no part of the objective; targets are the same twice, and the same in any batch."""
+    """The teacher is no part of the objective."""
+    objective = build_objective(kit.chosen, kit.lmm, kit.name, kit.seed)
     try:
-        bench = kit.start
+        found = TeacherRoom({kit.name: objective}).of(kit.name)
     except PluginError as error:
+        if error.__cause__ is not None:  # build_teacher raised
+            raise
         raise Failed(
             str(error),
             "A teacher inside the objective is trained, sharded and written into every checkpoint.",
             "Return the teacher from build_teacher and keep no reference to it: core freezes it, owns it, and hands it "
             "to encode_target and, with teacher_in_loss, to loss as outputs.teacher.",
         ) from error
-    found = bench.teachers.of(kit.name)
     if found is None:
         return "none"
+    return f"{type(found).__name__}, {sum(tensor.numel() for tensor in found.parameters()):,} parameters, outside"
+
+
+def teacher_targets(kit: Kit) -> str:
+    """Targets are the same twice, and the same in any batch; pictures stay as they are."""
+    bench = kit.start
+    if not bench.teachers.has_teacher(kit.name):
+        raise Skipped("it has no teacher")
     batch = bench.mixed
     before = [{name: value.clone() for name, value in _views(bench, views).items()} for views in batch.views]
     together, again, alone = targets(bench, batch), targets(bench, batch), Records()
@@ -65,8 +75,7 @@ def teacher(kit: Kit) -> str:
             "Let encode_target treat every picture by itself (no statistics over the batch).",
         )
     names = sorted({name for record in together.values() for name in record})
-    size = sum(parameter.numel() for parameter in found.parameters())
-    return f"{size:,} parameters, outside; targets {', '.join(names) or 'none'}: the same twice and in any batch"
+    return f"{', '.join(names) or 'none'} of {len(together)} pictures: the same twice and in any batch"
 
 
 def _views(bench: Bench, views: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -273,21 +282,3 @@ def pictures(kit: Kit) -> str:
             "Return a list of foveate.Picture(title, PIL image), or an empty list.",
         )
     return f"{len(shown)}" + (f": {', '.join(entry.title for entry in shown[:3])}" if shown else "")
-
-
-def autocast(kit: Kit) -> str:
-    """Under bf16 autocast with a float32 model, loss and gradients are finite."""
-    learner, batch = kit.in_float32(), kit.trained.mixed
-    with torch.autocast("cpu", torch.bfloat16):
-        term = kit.term(batch, learner)
-    if term.total.requires_grad:
-        term.total.backward()
-    bad = [name for name, p in learner.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    if not term.total.isfinite() or bad:
-        raise Failed(
-            f"loss {float(term.total.detach()):.4g}; gradients that are not finite: {', '.join(bad[:4]) or 'none'}",
-            "Training runs in bfloat16 by default; a value that is not finite stops it.",
-            "Guard divisions, roots and logarithms with an epsilon that float32 can hold, such as 1e-6.",
-        )
-    exact = kit.total(batch)
-    return f"loss {float(term.total.detach()):.5g}, in float64 {exact:.5g}"

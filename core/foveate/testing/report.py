@@ -78,8 +78,11 @@ class ConformanceError(AssertionError):
         for result in report.failures:
             told = {"found": result.told, "it matters": result.why, "to do": result.do}
             parts.append("\n".join([result.check, *(_paragraph(head, text) for head, text in told.items())]))
-        if blocked := [f"{result.check} ({result.told})" for result in report.results if result.status == "not run"]:
-            parts.append(_paragraph("not run", "; ".join(blocked)))
+        blocked: dict[str, list[str]] = {}
+        for result in report.results:
+            if result.status == "not run":
+                blocked.setdefault(result.told, []).append(result.check)
+        parts += [_paragraph("not run", f"{', '.join(checks)} ({told})") for told, checks in blocked.items()]
         super().__init__("\n\n".join(parts))
 
 
