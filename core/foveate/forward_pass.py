@@ -5,7 +5,9 @@ Shapes: T positions of the row, V visual tokens, R rows of one objective, I imag
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from foveate.data.views import ObjectiveRows, ObjectiveRule
 from foveate.errors import ModelError, PluginError
-from foveate.model.attention import Segments
+from foveate.model.attention import Segments, image_blocks, prefix_blocks
 from foveate.model.encoder import Encoder
 from foveate.model.lmm import LMM, encode
 from foveate.model.taps import END, layer_index, tapped
@@ -124,13 +126,15 @@ class ForwardPass:
         asked = {name: wish for name, wish in wishes.items() if wish != "causal"}
         if not asked:
             return Segments.of(batch.lengths, device)
-        from foveate.model.attention import image_blocks, prefix_blocks
         check_wishes(wishes)
         name, wish = next(iter(asked.items()))
-        if wish == "prefix_bidirectional":
-            return Segments.of(batch.lengths, device, prefix_blocks(batch.lengths, batch.prompts))
         seen = {number for other in asked for number in self.rows[other].numbers}
         spans = [(batch.images[number].start, batch.images[number].tokens) for number in sorted(seen)]
+        if wish == "prefix_bidirectional":
+            ends = list(accumulate(batch.lengths))
+            prompted = {bisect_right(ends, start) for start, length in spans if length}  # samples that show its images
+            prompts = [length if sample in prompted else 0 for sample, length in enumerate(batch.prompts)]
+            return Segments.of(batch.lengths, device, prefix_blocks(batch.lengths, prompts))
         total, groups = batch.input_ids.numel(), None
         edit = self.edits.get(name)
         if wish == "groups" and edit is not None:

@@ -20,7 +20,7 @@ from tests.objectives_plugin import environment
 OBJECTIVES: dict[str, Any] = {
     "noisy": {"shift": 1},
     "half": {"type": "noisy", "probability": 0.5},
-    "masked": {"wish": "causal"},
+    "masked": {},
     "queries": {"tokens": 2, "fit": True},
 }
 
