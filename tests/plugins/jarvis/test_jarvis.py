@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def site(tmp_path: Path) -> Iterator[Path]:
 def recipe(corpus: Path, folder: Path, **options: Any) -> dict[str, Any]:
     """Three steps with `jarvis` on an LLM of four blocks."""
     content = recipe_dict(corpus, output=str(folder / "run"), objectives={"jarvis": {"teacher": TEACHER, **options}})
-    content["model"]["llm"] = {**LLM, "config": {**LLM["config"], "num_hidden_layers": 4}}
+    content["model"]["llm"] = copy.deepcopy(LLM)
+    content["model"]["llm"]["config"]["num_hidden_layers"] = 4
     content["stages"][0] |= {"max_steps": 3, "train": {"projector": 1e-3, "llm": 1e-3, "jarvis": 1e-2}}
     return content
 

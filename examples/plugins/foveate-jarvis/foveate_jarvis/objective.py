@@ -80,7 +80,7 @@ class Jarvis(foveate.VisionObjective):
             sheet = Image.new("RGB", (2 * shown.width, shown.height))
             sheet.paste(Image.composite(Image.new("RGB", shown.size, "grey"), shown, mask))
             sheet.paste(_picture((cosines_N.reshape(image.record.grid) + 1) / 2, shown.size), (shown.width, 0), mask)
-            title = f"image {image.record.index} of {image.record.sample_id}: hidden blocks, and the cosines there"
+            title = f"image {image.record.index} of {image.record.sample_id}: hidden; cosines there, black -1, white 1"
             pictures.append(foveate.Picture(title, sheet))
         return pictures
 

@@ -43,7 +43,7 @@ def options(**given: Any) -> Any:
 
 
 def context(grid: tuple[int, int], layers: int = 8) -> foveate.ObjectiveContext:
-    spec = foveate.EncoderSpec(image_size=12, grid=grid, width=6, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    spec = foveate.EncoderSpec(image_size=26, grid=grid, width=6, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
     return foveate.ObjectiveContext("jarvis", 7, layers, grid, spec)
 
 
@@ -58,7 +58,7 @@ def images(grids: list[tuple[int, int]]) -> list[foveate.ImageRows]:
 
 def test_the_loss_is_the_mean_of_one_minus_cosine_over_the_targets_of_each_image() -> None:
     """Images of different grids, the MLP with the exact GELU and the cosine in plain Python, in float64."""
-    grids = [(3, 3), (6, 6), (4, 9)]
+    grids = [(3, 3), (6, 6), (4, 9), *[(13, 13)] * 6]  # the largest have tokens that are in neither
     shown, tokens = images(grids), sum(h * w for h, w in grids)
     moment = foveate.Moment(seed=int(torch.randint(1 << 30, ())), stage="align", step=3)
     objective = Jarvis(options(), context(grids[0])).double()
@@ -73,7 +73,7 @@ def test_the_loss_is_the_mean_of_one_minus_cosine_over_the_targets_of_each_image
     outputs = foveate.Outputs(
         shown, "jarvis", moment, like=states, visual_tokens=lambda: inputs, edited=lambda: edit.edited,
         states={0.25: states}.__getitem__, extra_states=lambda layer: states[:0],
-        encoder_states=lambda layer: states[:0], encoder_grid=grids[0], pixels=torch.randn(3, 3, 12, 12),
+        encoder_states=lambda layer: states[:0], encoder_grid=grids[0], pixels=torch.randn(len(grids), 3, 26, 26),
     )  # fmt: skip
     targets = foveate.Targets([{"features": part} for part in outputs.split(features)], shown)
 
@@ -86,17 +86,17 @@ def test_the_loss_is_the_mean_of_one_minus_cosine_over_the_targets_of_each_image
     term = objective.loss(outputs, targets, edit.state)
     assert math.isclose(term.total.item(), expected, rel_tol=1e-12)
     total, count = term.metrics["cosine"]
-    assert count == 3 and math.isclose(float(total), 3 - expected, rel_tol=1e-12)
-    assert sum(Jarvis.count(objective.options, image.record) for image in shown) == 3
+    assert count == len(grids) and math.isclose(float(total), count - expected, rel_tol=1e-12)
+    assert sum(Jarvis.count(objective.options, image.record) for image in shown) == count
 
     with torch.no_grad():
         pictures = objective.visualize(outputs, targets, edit.state)
-    assert [(picture.image.size, picture.image.mode) for picture in pictures] == [((24, 12), "RGB")] * 3
+    assert [(picture.image.size, picture.image.mode) for picture in pictures] == [((52, 26), "RGB")] * len(grids)
     for picture, image in zip(pictures, shown, strict=True):
         rows, columns = image.record.grid
         for row in range(rows * columns):
-            across, down = (12 * (row % columns) + 6) // columns, (12 * (row // columns) + 6) // rows
-            left, right = (picture.image.getpixel((across + offset, down)) for offset in (0, 12))
+            across, down = (26 * (row % columns) + 13) // columns, (26 * (row // columns) + 13) // rows
+            left, right = (picture.image.getpixel((across + offset, down)) for offset in (0, 26))
             hidden = bool(edit.edited[image.rows.start + row])
             assert (left == (128, 128, 128)) >= hidden and (right == (0, 0, 0)) >= (not hidden)
 
