@@ -1,4 +1,4 @@
-"""Core's own encoders, projectors, LLMs and data sets, through the same hooks as anybody's."""
+"""Core's own encoders, projectors, LLMs, teachers and data sets, through the same hooks as anybody's."""
 
 from foveate.hookspecs import Register, hookimpl
 
@@ -21,6 +21,14 @@ def register_projectors(register: Register) -> None:
 @hookimpl
 def register_llms(register: Register) -> None:
     register("hf", "foveate.model.language:TransformersLLM")
+
+
+@hookimpl
+def register_teachers(register: Register) -> None:
+    register("patches", "foveate.teachers.patches:PatchTeacher")
+    register("features", "foveate.teachers.features:FeatureTeacher")
+    register("autoencoder_kl", "foveate.teachers.autoencoders:KLTeacher")
+    register("vq", "foveate.teachers.autoencoders:VQTeacher")
 
 
 @hookimpl

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from foveate import builtin
 from foveate.data.templates import SHIPPED
+from foveate.objective import ObjectiveContext
 from foveate.plugins import load_plugins
 from foveate.recipe_file import template_names
 from foveate.registry import load_registry, packaged_registry, resolve
+from foveate.types import EncoderSpec
 
 ROOT = Path(__file__).parents[2]
 REGISTRY, PROBLEMS = load_registry()
@@ -35,6 +38,8 @@ PUBLISHED = {
     "qwen2.5-0.5b-instruct": 494_032_768, "qwen2.5-1.5b-instruct": 1_543_714_304, "qwen2.5-3b-instruct": 3_085_938_688,
     "qwen2.5-7b-instruct": 7_615_616_512, "vicuna-7b-v1.5": 6_738_415_616, "vicuna-13b-v1.5": 13_015_864_320,
     "llama-3-8b-instruct": 8_030_261_248, "mistral-7b-instruct-v0.3": 7_248_023_552,
+    # autoencoders: LDM's with four channels, as often told; FLUX's has 16, and no convolutions around its latents
+    "sd-vae": 83_653_863, "flux-vae": 83_653_863 + 9 * 512 * 36 + 24 - 8 * 9 - 4 * 5,
 }  # fmt: skip
 
 VISUAL_TOKENS = {
@@ -44,6 +49,10 @@ VISUAL_TOKENS = {
     "dinov2-small": 37, "dinov2-base": 37, "dinov2-large": 37, "dinov2-giant": 37,
     "dinov2-with-registers-base": 37, "dinov2-with-registers-large": 37,
 }  # fmt: skip
+
+
+TEACHERS = {"flux-vae": (64, 384), "sd-vae": (16, 384), "dinov2-base": (768, 518), "dinov2-large": (1024, 518)}
+"""Width of a target row, and side of the pictures in pixels, for a model of 24 x 24 visual tokens."""
 
 
 def config(kind: str, name: str) -> Any:
@@ -86,6 +95,32 @@ def test_a_preset_is_read_by_its_type_and_needs_no_network(kind: str, name: str)
     if kind == "encoders":
         side = VISUAL_TOKENS[name]
         assert part.cls.describe(part.options).grid == (side, side)
+
+
+@pytest.mark.parametrize("name", REGISTRY.presets["teachers"])
+def test_a_teacher_is_read_by_its_type_and_needs_no_network(name: str) -> None:
+    chosen = resolve("teachers", name, {"plugins": PLUGINS, "registry": REGISTRY})
+    assert chosen.preset == name
+    encoder = EncoderSpec(336, (24, 24), 1024, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    spec = chosen.cls.describe(chosen.options, ObjectiveContext("some", 4096, 32, (24, 24), encoder))
+    assert (spec.width, *spec.image_size) == (TEACHERS[name][0], TEACHERS[name][1], TEACHERS[name][1])
+    assert spec.grid == (24, 24)
+
+
+@pytest.mark.parametrize("name", ["flux-vae", "sd-vae"])
+def test_an_autoencoder_has_the_published_size(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoencoderKL(**REGISTRY.presets["teachers"][name].options["config"])
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+
+
+def test_latents_are_scaled_as_published() -> None:
+    scales = {}
+    for name in ("flux-vae", "sd-vae"):
+        chosen = resolve("teachers", name, {"plugins": PLUGINS, "registry": REGISTRY})
+        config = chosen.cls._config(chosen.options)
+        scales[name] = config["shift_factor"], config["scaling_factor"]
+    assert scales == {"flux-vae": (0.1159, 0.3611), "sd-vae": (None, 0.18215)}
 
 
 def test_templates_are_those_of_the_data_path() -> None:
