@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import foveate.train
 from foveate.errors import DataError, PluginError, RunError, UserError
 from foveate.loaded import LoadedRun, load_run
 from foveate.objective import Moment
 from foveate.run import Run
+from foveate.train import train
 from tests.corpus import write_corpus
 from tests.objectives import plugins_with
 from tests.showing import DRAWING, RATES, array, finished_run, plugins
@@ -78,7 +78,7 @@ def test_another_process_gets_the_same_losses_bit_for_bit(
 ) -> None:
     """With shift, edits, extra tokens, and a fitted teacher that has its own copy of an encoder that was trained."""
     sessions: list[Any] = []
-    monkeypatch.setattr(foveate.train, "report_run", sessions.append)
+    monkeypatch.setattr(sys.modules[train.__module__], "report_run", sessions.append)
     objectives = {"noisy": {"shift": 1}, "masked": {}, "queries": {"fit": True, "encoder": True}}
     run = finished_run(tmp_path, shared_corpus, objectives, [{"max_steps": 3}])
     expected = losses(sessions[0].learner.eval(), sessions[0].data, sessions[0].recipe.stages[-1])
