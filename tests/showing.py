@@ -50,7 +50,6 @@ class Sketch(VisionObjective):
     """For `target` images, which the model does not see; draws their pixels."""
 
     role = "target"
-    pixels_in_loss = True
 
     def __init__(self, options: Any, context: ObjectiveContext):
         super().__init__(options, context)

@@ -17,6 +17,7 @@ _LAZY = {
     "Batch": "foveate.types",
     "Conversation": "foveate.types",
     "EncoderSpec": "foveate.types",
+    "Grid": "foveate.types",
     "IGNORE_INDEX": "foveate.types",
     "ImageRecord": "foveate.types",
     "ImageRef": "foveate.types",
@@ -27,8 +28,9 @@ _LAZY = {
     "RecipePath": "foveate.options",
     **dict.fromkeys(
         (
-            "Edit", "EditInputs", "ImageRows", "LossTerm", "Moment", "ObjectiveContext", "ObjectiveOptions", "Outputs",
-            "Picture", "Reads", "Targets", "Teacher", "TeacherInputs", "TeacherSpec", "VisionObjective", "resize_rows",
+            "AttentionWish", "Edit", "EditInputs", "ImageRows", "Layer", "LossTerm", "Moment", "ObjectiveContext",
+            "ObjectiveOptions", "Outputs", "Picture", "Reads", "Targets", "Teacher", "TeacherInputs", "TeacherSpec",
+            "VisionObjective", "resize_rows",
         ),
         "foveate.objective",
     ),
@@ -42,7 +44,10 @@ _LAZY = {
     "Learner": "foveate.learner",
     "Metric": "foveate.metrics",
     "assemble": "foveate.assembly",
+    "LoadedRun": "foveate.loaded",
     "load_recipe": "foveate.recipe_file",
+    "load_run": "foveate.loaded",
+    "Register": "foveate.hookspecs",
     "train": "foveate.train",
 }
 

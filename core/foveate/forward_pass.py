@@ -172,7 +172,7 @@ class ForwardPass:
             states=at(rows.read), extra_states=at(rows.extra), encoder_states=encoder,
             encoder_grid=self.lmm.encoder.spec.grid,
             teacher=self.teachers.of(name) if objective.teacher_in_loss else None,
-            pixels=batch.pixels[list(rows.numbers)] if objective.pixels_in_loss else None,
+            pixels=lambda: batch.pixels[list(rows.numbers)], spec=self.lmm.encoder.spec,
         )  # fmt: skip
 
     def targets(self, name: str) -> Targets:

@@ -39,8 +39,8 @@ Layer = int | float
 AttentionWish = Literal["causal", "image_bidirectional", "prefix_bidirectional", "groups"]
 """Who sees whom in the LLM. `image_bidirectional`: the visual tokens of an image see each other.
 `prefix_bidirectional`: so do all tokens before a sample's first supervised one. `groups`: as `image_bidirectional`, but
-a visual token sees of its image only group 0 and its own group (`Edit.groups`). Everything else stays causal; text sees
-all that is before it."""
+a visual token sees of its image only group 0 and its own group (`Edit.groups`; without an edit all are group 0).
+Everything else stays causal; text sees all that is before it. Beside `shift=1` every wish but `causal` is an error."""
 
 
 class ObjectiveOptions(Options):
@@ -216,20 +216,52 @@ class Edit:
 class Outputs(Rows):
     """What the model made of a micro-batch, as one objective sees it. Float32 (or 64), autocast off.
 
-    `teacher`: where the objective says `teacher_in_loss`; frozen, but gradients flow through it. `pixels`
-    `[I, 3, H, W]`: the encoder's, where it says `pixels_in_loss`.
+    `teacher`: where the objective says `teacher_in_loss`; frozen, but gradients flow through it.
     """
 
     def __init__(
         self, images: Sequence[ImageRows], objective: str, moment: Moment, *, like: Tensor,
         visual_tokens: Callable[[], Tensor], edited: Callable[[], Tensor], states: Callable[[Layer], Tensor],
         extra_states: Callable[[Layer], Tensor], encoder_states: Callable[[Layer], Tensor], encoder_grid: Grid,
-        teacher: nn.Module | None = None, pixels: Tensor | None = None,
+        pixels: Callable[[], Tensor], teacher: nn.Module | None = None, spec: EncoderSpec | None = None,
     ):  # fmt: skip
         super().__init__(images, objective, moment, like)
-        self.encoder_grid, self.teacher, self.pixels = encoder_grid, teacher, pixels
-        self._visual_tokens, self._edited = visual_tokens, edited
+        self.encoder_grid, self.teacher, self._spec = encoder_grid, teacher, spec
+        self._visual_tokens, self._edited, self._pixels = visual_tokens, edited, pixels
         self._states, self._extra_states, self._encoder_states = states, extra_states, encoder_states
+
+    @classmethod
+    def of(
+        cls, records: Sequence[ImageRecord], states: Mapping[Layer, Tensor], *, visual_tokens: Tensor | None = None,
+        edited: Tensor | None = None, extra_states: Mapping[Layer, Tensor] | None = None,
+        encoder_states: Mapping[Layer, Tensor] | None = None, encoder_grid: Grid = (1, 1),
+        pixels: Tensor | None = None, moment: Moment | None = None, objective: str = "objective",
+    ) -> Outputs:  # fmt: skip
+        """Outputs made by hand, for tests and notebooks: nothing shifted, rows of images one after the other."""
+        like, images, row = next(iter(states.values())), list[ImageRows](), 0
+        for record in records:
+            images.append(ImageRows(record, slice(row, row + record.tokens)))
+            row += record.tokens
+        tokens = like if visual_tokens is None else visual_tokens
+        changed = torch.zeros(row, dtype=torch.bool, device=like.device) if edited is None else edited
+        seen = like.new_zeros(len(records), 3, 1, 1) if pixels is None else pixels
+        return cls(
+            images, objective, moment or Moment(), like=like, visual_tokens=lambda: tokens, edited=lambda: changed,
+            states=lambda layer: states[layer], extra_states=lambda layer: (extra_states or {})[layer],
+            encoder_states=lambda layer: (encoder_states or {})[layer], encoder_grid=encoder_grid, pixels=lambda: seen,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def pixels(self) -> Tensor:
+        """The encoder's pixels, normalised, `[I, 3, H, W]`."""
+        return self._pixels()
+
+    def picture(self, image: int) -> Image.Image:
+        """Image number `image` as the encoder saw it, for people."""
+        spec, pixels = self._spec, self.pixels[image].detach().float().cpu()
+        mean, std = (spec.mean, spec.std) if spec else ((0.0,) * 3, (1.0,) * 3)
+        values = pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        return Image.fromarray((values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
     @functools.cached_property
     def visual_tokens(self) -> Tensor:
@@ -279,19 +311,24 @@ class Targets(Sequence[Mapping[str, Tensor]]):
         """The entry `name` of every record, `[I, …]`; all must have one shape."""
         return torch.stack([record[name] for record in self._records])
 
-    def rows(self, name: str) -> Tensor:
+    def rows(self, name: str | None = None) -> Tensor:
         """The entry `name`, `[N, …]` in each record, as `[R, …]`: row for row what belongs to `Outputs.states`.
 
-        Raises `ModelError` where a record has another number of rows than its image has visual tokens.
+        Default: the first entry, which of core's teachers is a row a visual token. Raises `ModelError` where a record
+        has no such entry, or another number of rows than its image has visual tokens.
         """
         parts = []
+        name = name if name is not None or not self._records else next(iter(self._records[0]), None)
         for record, image in zip(self._records, self._images, strict=True):
+            if name is None or name not in record:
+                there = ", ".join(record) or "none"
+                raise ModelError(f"the teacher's records have no entry '{name}'; they have {there}")
             tokens, found = image.record.grid[0] * image.record.grid[1], len(record[name])
             if found != tokens:
                 where = f"image {image.record.index} of sample '{image.record.sample_id}'"
                 raise ModelError(f"{where}: {found} rows of target '{name}' for {tokens} visual tokens")
             parts += [record[name][image.dropped :]] if _has_rows(image) else []
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.zeros(0)
 
 
 class TeacherInputs:
@@ -385,8 +422,6 @@ class VisionObjective(nn.Module):
     """The images it applies to: those that the model sees, or `target` images, which it does not see."""
     teacher_in_loss: ClassVar[bool] = False
     """`Outputs.teacher` is given: gradients flow through it (a decoder), never to its parameters."""
-    pixels_in_loss: ClassVar[bool] = False
-    """`Outputs.pixels` are given."""
     batch_dependent: ClassVar[bool] = False
     """The loss compares images of a batch with each other, so it depends on the packing. Said in the plan."""
 
@@ -417,6 +452,13 @@ class VisionObjective(nn.Module):
         return record.rows(cls.reads(options).shift)
 
     # Its teacher: frozen, owned by core. An option `teacher: TeacherChoice` makes all of these defaults work.
+
+    @functools.cached_property
+    def teacher_spec(self) -> TeacherSpec:
+        """What the teacher of the option `teacher` makes: its width, for a head; known without its weights."""
+        chosen = self.options.teacher
+        spec: TeacherSpec = chosen.cls.describe(chosen.options, self.context)
+        return spec
 
     @classmethod
     def prepare_image(cls, options: Any, image: Image.Image, record: ImageRecord) -> dict[str, Tensor]:

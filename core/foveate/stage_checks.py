@@ -72,7 +72,14 @@ def _stage(
             )
     for name in (name for name in stage.frozen if name not in active or name in trained):
         yield f"frozen: '{name}' is " + ("trained here" if name in active else "not active here")
+    wishes = {name: rules[name].call("attention") for name in active}
     try:
-        check_wishes({name: rules[name].call("attention") for name in active})
+        check_wishes(wishes)
     except ModelError as error:
         yield str(error)
+    both = [name for name in active if wishes[name] != "causal"]
+    for name in (name for name in active if both and rules[name].reads.shift):
+        yield (
+            f"'{name}' reads the state before each visual token (shift 1), and '{both[0]}' wishes attention "
+            f"{wishes[both[0]]}: that state has seen the token already. Put them into different stages"
+        )

@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
 OUTSIDE = {"__init__", "__main__", "builtin"}
 """`__init__` hands names on lazily; `builtin` is core's own plugin and names classes as strings."""
 
-LIMIT = 6_000
+LIMIT = 7_000
 """Lines of code of floors 0 to 8; blank lines, comments and docstrings are free, so that nobody saves on them."""
 
 

@@ -18,7 +18,7 @@ from tests.corpus import recipe_dict, write_recipe
 from tests.objectives_plugin import environment
 
 OBJECTIVES: dict[str, Any] = {
-    "noisy": {"shift": 1},
+    "noisy": {},
     "half": {"type": "noisy", "probability": 0.5},
     "masked": {},
     "queries": {"tokens": 2, "fit": True},

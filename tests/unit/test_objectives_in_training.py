@@ -26,9 +26,10 @@ from tests.objectives import ALL, Noisy, plugins_with
 OBJECTIVES: dict[str, Any] = {
     "noisy": {"shift": 1, "weight": 0.5},
     "second": {"type": "noisy", "layers": [1], "probability": 0.5},
-    "masked": {},
+    "masked": {"wish": "causal"},
     "queries": {"tokens": 2},
 }
+GROUPS: dict[str, Any] = {"masked": {"wish": "groups"}, "noisy": {}, "queries": {"tokens": 1}}
 TRAIN = {"encoder": 1e-3, "projector": 1e-3, "llm": 1e-3}
 
 
@@ -65,11 +66,14 @@ def same(first: tuple[Any, ...], second: tuple[Any, ...]) -> None:
         torch.testing.assert_close(second[1][name], weight, atol=1e-9, rtol=1e-9, msg=name)
 
 
-def test_token_budget_changes_nothing_in_float64(tmp_path: Path, shared_corpus: Path) -> None:
+@pytest.mark.parametrize("objectives", [OBJECTIVES, GROUPS], ids=["shift", "groups"])
+def test_token_budget_changes_nothing_in_float64(
+    tmp_path: Path, shared_corpus: Path, objectives: dict[str, Any]
+) -> None:
     """Shift, two of one type, an editor with groups of attention, extra tokens with a teacher; text-only rows too."""
     results = [
         run(
-            tmp_path / str(budget), shared_corpus, OBJECTIVES, max_steps=8,
+            tmp_path / str(budget), shared_corpus, objectives, max_steps=8,
             precision={"compute": "fp64", "teachers": "fp64"},
             hardware={"workers": 0, "tokens_per_microbatch": budget},
         )
@@ -77,7 +81,8 @@ def test_token_budget_changes_nothing_in_float64(tmp_path: Path, shared_corpus: 
     ]  # fmt: skip
     lines = results[0][0]
     assert {"loss/noisy", "loss/masked", "loss/queries", "noisy/error", "lr/queries"} <= lines[0].keys()
-    assert 0 < sum("loss/second" in line for line in lines) < len(lines), "probability 0.5 gates some steps"
+    if "second" in objectives:
+        assert 0 < sum("loss/second" in line for line in lines) < len(lines), "probability 0.5 gates some steps"
     same(results[0], results[1])
     same(results[0], results[2])
 
@@ -176,6 +181,11 @@ def test_active_but_frozen_is_an_error(tmp_path: Path, shared_corpus: Path) -> N
 def test_trained_but_inactive_is_an_error(tmp_path: Path, shared_corpus: Path) -> None:
     with pytest.raises(FoveateError, match="'noisy' is not active in this stage"):
         run(tmp_path / "a", shared_corpus, {"noisy": {}, "queries": {}}, active=["queries"])
+
+
+def test_a_state_before_a_token_that_has_seen_it_is_an_error(tmp_path: Path, shared_corpus: Path) -> None:
+    with pytest.raises(FoveateError, match="'noisy' reads the state before each visual token"):
+        run(tmp_path / "a", shared_corpus, {"noisy": {"shift": 1}, "masked": {"wish": "image_bidirectional"}})
 
 
 def test_conflicting_wishes_are_told_before_training(tmp_path: Path, shared_corpus: Path) -> None:

@@ -5,7 +5,7 @@ import math
 import torch
 from foveate_align.objective import AlignLoss
 
-from foveate import EncoderSpec, ImageRecord, ImageRows, Moment, ObjectiveContext, Outputs, Targets
+from foveate import EncoderSpec, ImageRecord, ObjectiveContext, Outputs, Targets
 from foveate.testing import check_objective
 
 
@@ -19,13 +19,8 @@ def test_the_loss_is_the_sum_of_one_minus_cosine() -> None:
     spec = EncoderSpec(image_size=6, grid=grid, width=width, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     objective = AlignLoss(AlignLoss.Options(), ObjectiveContext("align", llm_width, 4, grid, spec)).double()
     records = [ImageRecord(name, index=0, role="input", grid=grid, start=0) for name in ("first", "second")]
-    images = [ImageRows(record, slice(6 * at, 6 * at + 6)) for at, record in enumerate(records)]
     states, features = (torch.randn(12, size, dtype=torch.float64) for size in (llm_width, width))
-    outputs = Outputs(
-        images, "align", Moment(), like=states, states={0.5: states}.__getitem__, extra_states=lambda layer: states[:0],
-        encoder_states={-1: features}.__getitem__, encoder_grid=grid, visual_tokens=lambda: states,
-        edited=lambda: torch.zeros(12, dtype=torch.bool),
-    )  # fmt: skip
+    outputs = Outputs.of(records, {0.5: states}, encoder_states={-1: features}, encoder_grid=grid)
 
     expected = 0.0
     for state, feature in zip(states.tolist(), features.tolist(), strict=True):
@@ -34,10 +29,10 @@ def test_the_loss_is_the_sum_of_one_minus_cosine() -> None:
         dot = sum(a * b for a, b in zip(mapped, feature, strict=True))
         expected += 1 - dot / math.hypot(*mapped) / math.hypot(*feature)
 
-    term = objective.loss(outputs, Targets([{}, {}], images), None)
+    term = objective.loss(outputs, Targets([{}, {}], outputs.images), None)
     assert math.isclose(term.total.item(), expected, rel_tol=1e-9)
     total, count = term.metrics["cosine"]
     assert count == 12 and math.isclose(torch.as_tensor(total).item(), 12 - expected, rel_tol=1e-9)
     with torch.no_grad():
-        pictures = objective.visualize(outputs, Targets([{}, {}], images), None)
+        pictures = objective.visualize(outputs, Targets([{}, {}], outputs.images), None)
     assert [picture.image.size for picture in pictures] == [(48, 32), (48, 32)]

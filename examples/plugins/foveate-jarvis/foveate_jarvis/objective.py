@@ -18,13 +18,11 @@ from foveate_jarvis.blocks import CONTEXT, REST, TARGETS, draw_groups, shapes
 class Jarvis(foveate.VisionObjective):
     """Sum over images of the mean of 1 - cos(head(state), feature) over the tokens of the image's target blocks."""
 
-    pixels_in_loss = True  # for `visualize`
-
     class Options(foveate.ObjectiveOptions):
         """Options of `jarvis`."""
 
         probability: float = Field(0.8, gt=0, le=1, description="Share of steps that it takes part in.")
-        layer: int | float = Field(0.25, description="LLM layer that it reads: 0.25 at a quarter, 3 after block 3.")
+        layer: foveate.Layer = Field(0.25, description="LLM layer that it reads: 0.25 at a quarter, 3 after block 3.")
         teacher: foveate.TeacherChoice = Field(description="Frozen teacher of `features`, a row for a visual token.")
 
     def __init__(self, options: Any, context: foveate.ObjectiveContext) -> None:
@@ -37,16 +35,15 @@ class Jarvis(foveate.VisionObjective):
         largest, smallest = max(h * w for h, w in shapes(grid, True)), min(h * w for h, w in shapes(grid, False))
         if len(TARGETS) * largest >= smallest:
             raise foveate.FoveateError(f"objectives.{context.name}: targets can hide all of {grid} visual tokens")
-        out = options.teacher.cls.describe(options.teacher.options, context).width
         self.mask = nn.Parameter(torch.randn(width) * 0.02)
-        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out))
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, self.teacher_spec.width))
 
     @classmethod
     def reads(cls, options: Any) -> foveate.Reads:
         return foveate.Reads(llm=(options.layer,))
 
     @classmethod
-    def attention(cls, options: Any) -> Any:
+    def attention(cls, options: Any) -> foveate.AttentionWish:
         return "groups"
 
     @classmethod
@@ -62,7 +59,7 @@ class Jarvis(foveate.VisionObjective):
     def cosines(self, outputs: foveate.Outputs, targets: foveate.Targets) -> Tensor:
         """`[R]`, at every visual token, hidden or not."""
         predicted_RF = self.head(outputs.states(self.options.layer))
-        return F.cosine_similarity(predicted_RF, targets.rows("features"), dim=-1)
+        return F.cosine_similarity(predicted_RF, targets.rows(), dim=-1)
 
     def loss(self, outputs: foveate.Outputs, targets: foveate.Targets, state: Any) -> foveate.LossTerm:
         cosines_R = self.cosines(outputs, targets)
@@ -71,11 +68,9 @@ class Jarvis(foveate.VisionObjective):
 
     def visualize(self, outputs: foveate.Outputs, targets: foveate.Targets, state: Any) -> list[foveate.Picture]:
         """Each picture with its target blocks in grey, and the cosines in them, from black (-1) to white (1)."""
-        encoder = self.context.encoder
-        mean, std = torch.tensor(encoder.mean), torch.tensor(encoder.std)
         cosines, hidden, pictures = outputs.split(self.cosines(outputs, targets)), outputs.split(state), []
-        for pixels, image, cosines_N, hidden_N in zip(outputs.pixels, outputs.images, cosines, hidden, strict=True):
-            shown = _picture(pixels.permute(1, 2, 0).cpu() * std + mean, None)
+        for number, (image, cosines_N, hidden_N) in enumerate(zip(outputs.images, cosines, hidden, strict=True)):
+            shown = outputs.picture(number)
             mask = _picture(hidden_N.reshape(image.record.grid), shown.size)
             sheet = Image.new("RGB", (2 * shown.width, shown.height))
             sheet.paste(Image.composite(Image.new("RGB", shown.size, "grey"), shown, mask))
@@ -85,7 +80,7 @@ class Jarvis(foveate.VisionObjective):
         return pictures
 
 
-def _picture(values: Tensor, size: tuple[int, int] | None) -> Image.Image:
-    """Values in 0…1, `[h, w]` or `[h, w, 3]`, as a picture, drawn up to `size` (width, height) in squares."""
+def _picture(values: Tensor, size: tuple[int, int]) -> Image.Image:
+    """Values in 0…1, `[h, w]`, as a picture, drawn up to `size` (width, height) in squares."""
     picture = Image.fromarray((values.float().clamp(0, 1) * 255).byte().cpu().numpy())
-    return picture if size is None else picture.resize(size, Image.Resampling.NEAREST)
+    return picture.resize(size, Image.Resampling.NEAREST)

@@ -70,10 +70,9 @@ def test_the_loss_is_the_mean_of_one_minus_cosine_over_the_targets_of_each_image
     assert torch.equal(edit.edited, (edit.groups >= 1) & (edit.groups <= 4))
     assert edit.keep_norm and torch.equal(edit.tokens, objective.mask.expand(tokens, -1))
 
-    outputs = foveate.Outputs(
-        shown, "jarvis", moment, like=states, visual_tokens=lambda: inputs, edited=lambda: edit.edited,
-        states={0.25: states}.__getitem__, extra_states=lambda layer: states[:0],
-        encoder_states=lambda layer: states[:0], encoder_grid=grids[0], pixels=torch.randn(len(grids), 3, 26, 26),
+    outputs = foveate.Outputs.of(
+        [image.record for image in shown], {0.25: states}, visual_tokens=inputs, edited=edit.edited,
+        pixels=torch.randn(len(grids), 3, 26, 26), moment=moment, objective="jarvis",
     )  # fmt: skip
     targets = foveate.Targets([{"features": part} for part in outputs.split(features)], shown)
 
