@@ -39,7 +39,7 @@ class Check:
     needs: tuple[str, ...] = ()
 
 
-_FINITE = ("kinds of samples",)
+_FINITE = ("targets", "kinds of samples")
 _PURE = (*_FINITE, "noise", "memory")
 
 CHECKS: tuple[Check, ...] = (
@@ -57,17 +57,17 @@ CHECKS: tuple[Check, ...] = (
     Check("attention", checks_model.attention),
     # its loss
     Check("kinds of samples", checks_loss.kinds_of_samples),
-    Check("text-only batch", checks_loss.text_only),
+    Check("text-only batch", checks_loss.text_only, _FINITE),
     Check("gradient flow", checks_loss.gradient_flow, _FINITE),
+    Check("frozen teacher", checks_model.frozen_teacher, _FINITE),
     Check("noise", checks_loss.noise, _FINITE),
     Check("memory", checks_loss.memory, (*_FINITE, "noise")),
     Check("sums", checks_sums.sums, _PURE),
     Check("packing", checks_sums.packing, (*_PURE, "sums")),
     Check("count", checks_count.count, (*_PURE, "sums")),
-    Check("other objectives", checks_sums.other_objectives, _PURE),
+    Check("other objectives", checks_sums.other_objectives, (*_PURE, "frozen teacher")),
     # a run around it
     Check("checkpoint", checks_class.round_trip, _PURE),
-    Check("frozen teacher", checks_model.frozen_teacher, _FINITE),
     Check("autocast", checks_loss.autocast, _FINITE),
     Check("pictures", checks_model.pictures, _FINITE),
 )

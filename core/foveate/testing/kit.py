@@ -59,6 +59,7 @@ class Kit:
     steps: int = 0
     largest: dict[str, float] = field(default_factory=dict)
     """Of the short training: its steps, and each parameter's largest gradient in any of them."""
+    _start: Bench | Exception | None = None
 
     @property
     def name(self) -> str:
@@ -70,10 +71,17 @@ class Kit:
         """The tiny model at the start."""
         return tiny_lmm(self.side, self.seed)
 
-    @functools.cached_property
+    @property
     def start(self) -> Bench:
-        """The objective on the tiny model, its weights as they are at the start."""
-        return Bench(self.chosen, self.lmm, self.seed)
+        """The objective on the tiny model, its weights as they are at the start. Made once, also where that fails."""
+        if self._start is None:
+            try:
+                self._start = Bench(self.chosen, self.lmm, self.seed)
+            except Exception as error:
+                self._start = error
+        if isinstance(self._start, Exception):
+            raise self._start
+        return self._start
 
     @functools.cached_property
     def large(self) -> Bench:
@@ -89,7 +97,7 @@ class Kit:
         bench = Bench(self.chosen, copy.deepcopy(self.lmm), self.seed, teachers_of=self.start)
         bench.learner.train()
         bench.lmm.encoder.eval()
-        trained = {name: p for name, p in bench.learner.named_parameters() if not name.startswith("lmm.encoder.")}
+        trained = {name: p for name, p in bench.learner.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=RATE, weight_decay=0.0)
         batch = bench.mixed
         units = max(1.0, sum(bench.rule.count(record) for record in batch.images if self.name in record.objectives))
@@ -115,7 +123,7 @@ class Kit:
         if "llm" in self.gradient_to:
             names = {id(parameter): name for name, parameter in bench.learner.named_parameters()}
             for number, block in enumerate(read_blocks(bench), 1):
-                if not any(self.largest[names[id(parameter)]] for parameter in block.parameters()):
+                if not any(self.largest.get(names[id(parameter)]) for parameter in block.parameters()):
                     found.append(f"llm block {number}")
         return [name.removeprefix(head).removeprefix("lmm.") for name in found]
 

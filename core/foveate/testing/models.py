@@ -6,7 +6,6 @@ and a Qwen2 of four blocks, in float64, with weights so large that gradients are
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -46,8 +45,8 @@ QUESTION, ANSWER = "What is shown?", "Stripes and spots."
 WIDE = (40, 16)
 """Width and height of the picture that is padded to a square; the others are square, of 24 pixels."""
 
-FIT_LIMIT = 500
-"""Batches that a fit may take; those of a training run never end."""
+FIT_PICTURES, FIT_LIMIT = 20, 1000
+"""Batches of new pictures for a fit, again and again as in a training run, and how many a fit may take."""
 
 
 @dataclass(frozen=True)
@@ -249,12 +248,14 @@ class Bench:
         return self.pack(list(self.samples.values()))
 
     def _pictures(self) -> Iterator[TeacherInputs]:
-        """New pictures, batch after batch, for a fit."""
-        for number in itertools.count(1000):
-            if number == 1000 + FIT_LIMIT:
-                raise UserError(
-                    f"fit_teacher of '{self.name}' took {FIT_LIMIT} batches and asks for more. Batches never end: "
-                    "leave the loop when enough pictures have been seen."
-                )
-            samples = [sample for sample in tiny_samples(self.rules, number).values() if sample.images]
-            yield teacher_inputs(self.pack(samples), self.rule, self.lmm.encoder)
+        """Pictures for a fit, batch after batch."""
+        made: list[TeacherInputs] = []
+        for number in range(FIT_LIMIT):
+            if number < FIT_PICTURES:
+                samples = [sample for sample in tiny_samples(self.rules, 1000 + number).values() if sample.images]
+                made.append(teacher_inputs(self.pack(samples), self.rule, self.lmm.encoder))
+            yield made[number % FIT_PICTURES]
+        raise UserError(
+            f"fit_teacher of '{self.name}' took {FIT_LIMIT} batches and asks for more. Batches never end: leave the "
+            "loop when enough pictures have been seen."
+        )
