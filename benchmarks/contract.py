@@ -36,7 +36,7 @@ from foveate.progress import Display  # noqa: E402
 from foveate.recipe_file import load_recipe  # noqa: E402
 from foveate.stage import StageLoop  # noqa: E402
 from foveate.tally import Tally  # noqa: E402
-from foveate.train import train  # noqa: E402
+from foveate.training import train  # noqa: E402
 from tests.objectives import Masked, Noisy, plugins_with  # noqa: E402
 
 

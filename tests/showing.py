@@ -15,7 +15,7 @@ from foveate.plugins import Plugins
 from foveate.progress import Display
 from foveate.recipe_file import load_recipe
 from foveate.run import Run
-from foveate.train import train
+from foveate.training import train
 from tests.corpus import recipe_dict, write_recipe
 from tests.objectives import ALL, Masked, Noisy, plugins_with
 

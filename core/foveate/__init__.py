@@ -48,7 +48,7 @@ _LAZY = {
     "load_recipe": "foveate.recipe_file",
     "load_run": "foveate.loaded",
     "Register": "foveate.hookspecs",
-    "train": "foveate.train",
+    "train": "foveate.training",
 }
 
 __all__ = ["HOOK_API", "FoveateError", "__version__", "hookimpl", *_LAZY]

@@ -109,7 +109,7 @@ def train(
 
     loaded = load_recipe(recipe, overrides or ())
     from foveate.progress import Display
-    from foveate.train import train as train_recipe
+    from foveate.training import train as train_recipe
 
     run = train_recipe(loaded, resume=resume)
     if run.main:

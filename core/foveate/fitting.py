@@ -42,8 +42,10 @@ def fit_teachers(session: Session, stage: Stage) -> None:
         if told is not None:
             _share(session, teacher)
         teachers.fitted[key] = told
-    for name in session.recipe.active(stage):
-        _give_encoder(session, name, any(part.partition(".")[0] == "encoder" for part in stage.train))
+    stages = session.recipe.stages
+    moved = any(_trains_encoder(entry) for entry in stages[: stages.index(stage) + 1])
+    for name in session.recipe.active(stage) if moved else ():
+        _give_encoder(session, name)
 
 
 def fitted_before(recipe: Recipe, stage: Stage) -> list[str]:
@@ -78,7 +80,7 @@ def _load_or_fit(session: Session, name: str, teacher: nn.Module) -> dict[str, f
         return None
     with atomic_folder(folder) as aside:
         save_file(_state(teacher.state_dict()), aside / WEIGHTS)
-        if session.learner.rules[name].reads.teacher and trains_encoder(session.recipe):
+        if session.learner.rules[name].reads.teacher and any(map(_trains_encoder, session.recipe.stages)):
             encoder = session.lmm.encoder.state_dict(keep_vars=True)
             save_file(_state({key: session.frozen.value(value) for key, value in encoder.items()}), aside / ENCODER)
         write_json(aside / FIT, {"fingerprint": teachers.keys[name], "told": dict(found)})
@@ -87,17 +89,15 @@ def _load_or_fit(session: Session, name: str, teacher: nn.Module) -> dict[str, f
     return dict(found)
 
 
-def trains_encoder(recipe: Recipe) -> bool:
-    """Whether any stage trains the encoder."""
-    return any(part.partition(".")[0] == "encoder" for stage in recipe.stages for part in stage.train)
+def _trains_encoder(stage: Stage) -> bool:
+    return any(part.partition(".")[0] == "encoder" for part in stage.train)
 
 
-def _give_encoder(session: Session, name: str, trained: bool) -> None:
-    """A fitted teacher that reads the model's encoder gets a frozen copy of it, where the stage trains the encoder."""
+def _give_encoder(session: Session, name: str) -> None:
+    """A fitted teacher that reads the model's encoder gets a frozen copy of what it was fitted with."""
     teachers = session.teachers
     key = teachers.keys[name]
-    if not (trained and session.learner.rules[name].reads.teacher and teachers.fitted.get(key) is not None):
-        teachers.encoders.pop(key, None)
+    if not session.learner.rules[name].reads.teacher or teachers.fitted.get(key) is None or key in teachers.encoders:
         return
     encoder = copy.deepcopy(session.lmm.encoder).to(teachers.full).eval().requires_grad_(False)
     stored = stored_fit(session.run.folder, key) if session.accelerator.is_main_process else None

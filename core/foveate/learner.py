@@ -79,7 +79,8 @@ class Learner(nn.Module):
     ) -> dict[str, Seen]:
         """What each objective sees of a batch, without losses: for `visualize`, and for inspection."""
         run = self._run(batch, moment, active)
-        return {name: _seen(name, run) for name in run.objectives}
+        with torch.autocast(run.states.device.type, enabled=False):
+            return {name: _seen(name, run) for name in run.objectives}
 
     def _run(self, batch: Batch, moment: Moment | None, active: Collection[str] | None) -> ForwardPass:
         parts: Any = dict(self.objectives.items())

@@ -12,6 +12,7 @@ import inspect
 import os
 import re
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -86,26 +87,37 @@ class Registration:
 
 
 class _Hooks:
-    """The hooks of a manager, as functions."""
+    """The hooks of a manager, as functions: each plugin is called by itself."""
 
-    def __init__(self, manager: pluggy.PluginManager) -> None:
-        self._manager = manager
+    def __init__(self, plugins: Plugins) -> None:
+        self._plugins = plugins
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        caller = getattr(self._manager.hook, name)
+    def __getattr__(self, name: str) -> Callable[..., list[Any]]:
+        manager = self._plugins.manager
+        caller = getattr(manager.hook, name)
 
-        def call(**arguments: Any) -> Any:
-            try:
-                return caller(**arguments)
-            except FoveateError:
-                raise
-            except Exception as error:
-                run = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
-                found = [one for one in caller.get_hookimpls() if getattr(one.function, "__code__", None) in run]
-                owners = " or ".join(one.plugin_name for one in found) or "a plugin"
-                raise PluginError(f"{owners} failed in its hook {name}: {error!r}") from error
+        def call(**arguments: Any) -> list[Any]:
+            found: list[Any] = []
+            for owner in dict.fromkeys(entry.plugin_name for entry in reversed(caller.get_hookimpls())):
+                others = [other for key, other in manager.list_name_plugin() if key != owner]
+                try:
+                    found += manager.subset_hook_caller(name, remove_plugins=others)(**arguments)
+                except FoveateError:
+                    raise
+                except Exception as error:
+                    self._failed(owner, name, error)
+            return found
 
         return call
+
+    def _failed(self, owner: str, hook: str, error: Exception) -> None:
+        """An observer that nobody asked for is put aside and told; one of the recipe's plugins stops the run."""
+        message = f"{owner} failed in its hook {hook}: {error!r}"
+        if owner in self._plugins.asked or owner.startswith("foveate ("):
+            raise PluginError(message) from error
+        self._plugins.broken[owner] = message
+        self._plugins.manager.unregister(name=owner)
+        warnings.warn(f"{message}. It is put aside: the recipe does not ask for it", stacklevel=3)
 
 
 @dataclass
@@ -120,14 +132,17 @@ class Plugins:
     """Owner → why it is not available (a traceback, or a sentence)."""
     blocked: set[str] = field(default_factory=set)
     """Those of `broken` that are well, but kept out by the user."""
+    asked: set[str] = field(default_factory=set)
+    """Owners of what a recipe has named."""
 
     @property
     def hook(self) -> Any:
         """Calls a hook of every plugin: `plugins.hook.stage_finished(run=…, stage=…)`.
 
-        Raises `PluginError` with the plugin's name for whatever one of them raises that is no `FoveateError`.
+        Raises `PluginError` with the plugin's name for whatever one that the recipe asks for raises; another is put
+        aside with a warning. `FoveateError` passes.
         """
-        return _Hooks(self.manager)
+        return _Hooks(self)
 
     def find(self, kind: str, name: str) -> Registration | None:
         """What is registered under `name`, or None."""

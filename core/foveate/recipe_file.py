@@ -26,8 +26,8 @@ def load_recipe(
 ) -> Recipe:
     """The recipe in the file `path`, with `overrides` such as `stages.0.batch_size=8` laid over it.
 
-    `plugins` and the names of `templates` default to what is installed. Raises `RecipeError` with every problem, and
-    `PluginError` where a plugin that the recipe asks for cannot be imported.
+    `plugins` and the names of `templates` default to what is installed. Raises `RecipeError` with every problem; one
+    of them may be that a plugin which the recipe asks for cannot be imported.
     """
     path = Path(path)
     tree, folders = _read(path, ())

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from foveate.errors import PluginError
 from foveate.explain import closest, did_you_mean, explain, said, said_at
 from foveate.options import Options
 from foveate.plugins import KINDS, Plugins, installed_plugins
@@ -104,7 +105,7 @@ def resolve(
 
     A name is a preset or a registered type; a mapping has `preset`, or `type` (else `default`), and options. `context`
     may bring `plugins`, `registry` and `folder`; `also` are keys that the caller keeps for itself. Raises what a
-    validator may raise, and `PluginError` where a registered class cannot be imported.
+    validator may raise.
     """
     if isinstance(value, Component):
         return value
@@ -128,7 +129,11 @@ def resolve(
         raise said_at(f"say which {kind[:-1]}: {', '.join(sorted(registered)) or 'none is installed'}", "type")
     if (name := str(name)) not in registered:
         raise said_at(_unknown(kind, name, plugins, registry), "type")
-    cls = registered[name].load()
+    plugins.asked.add(registered[name].owner)
+    try:
+        cls = registered[name].load()
+    except PluginError as error:
+        raise said_at(str(error), "type") from None
     model: type[Options] = getattr(cls, "Options", Options)
     try:
         checked = model.model_validate(plain(options), context={**context, "folders": options.folders})
@@ -151,8 +156,13 @@ def _unknown(kind: str, name: str, plugins: Plugins, registry: Registry) -> str:
     if plugin is not None:
         paper = f", arXiv {plugin.paper}" if plugin.paper else ""
         sentences.append(f"'{meant}' ({plugin.summary}{paper}) comes with {plugin.distribution}: {plugin.install}")
+    others = 0
     for owner, reason in plugins.broken.items():
-        asked = name in owner or (plugin is not None and owner.startswith(f"{plugin.distribution} "))
-        why = reason.strip() if asked else reason.strip().splitlines()[-1]
-        sentences.append(f"The plugin {owner} is broken and may be what is missing: {why}")
+        mine = plugin is not None and owner.startswith(f"{plugin.distribution} ")
+        if mine or name.casefold() in owner.casefold():
+            sentences.append(f"The plugin {owner} is not available: {reason.strip()}")
+        else:
+            others += 1
+    if others:
+        sentences.append(f"`foveate plugins` tells of {others} installed that cannot be used, such as {owner}")
     return re.sub(r"(?<=[?.])\. ", " ", ". ".join(sentences))

@@ -74,7 +74,7 @@ class Run:
             "started": started,
             "resumed": resumed,
             "versions": {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
-            "plugins": {name: version(name.split(" ")[0]) for name in plugins},
+            "plugins": {name: found.version for name, found in installed_plugins().sources.items() if name in plugins},
             "data": dict(data),
         }
         write_json(run.folder / MANIFEST, manifest)

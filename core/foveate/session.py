@@ -112,7 +112,8 @@ class Session:
             display = Display(quiet=True)
         made_of = assemble(recipe, accelerator.device, data)
         lmm, learner = made_of.lmm, made_of.learner
-        check_language_model(lmm.llm, accelerator.device)
+        wishes = any(rule.call("attention") != "causal" for rule in learner.rules.values())
+        check_language_model(lmm.llm, accelerator.device, wishes)
         for name in recipe.objectives:  # what is wrong with a teacher is told now
             learner.teachers.of(name)
         accelerator.wait_for_everyone()  # all have seen the folder before the main process fills it

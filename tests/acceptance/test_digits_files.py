@@ -14,7 +14,7 @@ from foveate.model.build import blueprint
 from foveate.progress import Display
 from foveate.recipe import Recipe
 from foveate.recipe_file import load_recipe
-from foveate.train import train
+from foveate.training import train
 from foveate.types import Batch
 from foveate_lab.export import TRAINING_KINDS
 from tests.corpus import recipe_dict, write_recipe

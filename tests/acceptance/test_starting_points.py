@@ -23,7 +23,7 @@ from foveate.progress import Display
 from foveate.recipe import Recipe
 from foveate.recipe_file import load_recipe
 from foveate.run import Run
-from foveate.train import train
+from foveate.training import train
 from foveate.types import IGNORE_INDEX, Batch
 from tests.corpus import ENCODER, LLM, recipe_dict, write_recipe
 from tests.models import IMAGE_TOKEN, VOCABULARY, saved_llava

@@ -14,7 +14,7 @@ import foveate.assembly
 import foveate.cli
 from foveate.progress import Display
 from foveate.recipe_file import load_recipe
-from foveate.train import train
+from foveate.training import train
 from tests.corpus import recipe_dict, write_recipe
 
 Scalars = dict[str, list[tuple[int, float]]]

@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"model", "teachers", "targets"},
     {"text_loss", "forward_pass", "learner"},
     {"files", "optim", "precision", "checkpoint", "metrics", "run", "progress", "export", "tally"},
-    {"data_room", "assembly", "session", "fitting", "stage", "stage_checks", "plan", "train"}
+    {"data_room", "assembly", "session", "fitting", "stage", "stage_checks", "plan", "training"}
     | {"loaded", "gallery", "report"},
     {"testing", "pytest_plugin", "cli", "plugin_cli", "show_cli", "scaffold", "recipe_docs"},
 ]
@@ -123,4 +123,4 @@ def test_plugins_import_public_names_only(path: Path) -> None:
     for name in imports(path):
         top = name.split(".")[0]
         assert top in {"foveate", package}, f"{path.name} imports another plugin: {name}"
-        assert not name.startswith("foveate.train"), f"{path.name} imports the loop"
+        assert not name.startswith("foveate.training"), f"{path.name} imports the loop"

@@ -19,7 +19,7 @@ from foveate.plugins import HOOKS, KINDS, installed_plugins, load_plugins
 from foveate.progress import Display
 from foveate.recipe_file import load_recipe
 from foveate.registry import load_registry
-from foveate.train import train
+from foveate.training import train
 from tests.corpus import recipe_dict, write_recipe
 from tests.distributions import install, on_path
 
@@ -74,7 +74,10 @@ def used(path: Path) -> Iterator[str]:
             yield node.func.attr
         elif node.func.attr == "subset_hook_caller":
             name = ast.unparse(node.args[0])
-            yield from [name.strip("'")] if "{" not in name else [f"register_{kind}" for kind in KINDS]
+            if "{" in name:
+                yield from [f"register_{kind}" for kind in KINDS]
+            elif isinstance(node.args[0], ast.Constant):
+                yield name.strip("'")
 
 
 def implemented(path: Path) -> Iterator[str]:

@@ -19,7 +19,7 @@ from foveate.progress import Display
 from foveate.recipe_file import load_recipe
 from foveate.registry import load_registry
 from foveate.scaffold import PluginNames, write_plugin
-from foveate.train import train
+from foveate.training import train
 from tests.corpus import recipe_dict, write_recipe
 from tests.distributions import install_project, on_path
 

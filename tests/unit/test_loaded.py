@@ -20,7 +20,7 @@ from foveate.errors import DataError, PluginError, RunError, UserError
 from foveate.loaded import LoadedRun, load_run
 from foveate.objective import Moment
 from foveate.run import Run
-from foveate.train import train
+from foveate.training import train
 from tests.corpus import write_corpus
 from tests.objectives import plugins_with
 from tests.showing import DRAWING, RATES, array, finished_run, plugins

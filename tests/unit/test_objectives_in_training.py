@@ -19,7 +19,7 @@ from foveate.progress import Display
 from foveate.recipe_file import load_recipe
 from foveate.run import Run
 from foveate.session import Interrupted
-from foveate.train import train
+from foveate.training import train
 from tests.corpus import recipe_dict, write_recipe
 from tests.objectives import ALL, Noisy, plugins_with
 

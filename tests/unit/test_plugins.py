@@ -104,7 +104,7 @@ def test_a_class_that_cannot_be_imported_is_an_error_only_when_asked_for(
     assert not plugins.broken
     load_recipe(recipe(tmp_path, shared_corpus, "sound"), plugins=plugins)
     for name, reason in (("gone", "No module named 'neat_gone'"), ("exits", "SystemExit: bye")):
-        with pytest.raises(PluginError, match=f"objective '{name}' of foveate-neat .neat. cannot be imported") as error:
+        with pytest.raises(RecipeError, match=f"objective '{name}' of foveate-neat .neat. cannot be imported") as error:
             load_recipe(recipe(tmp_path, shared_corpus, name), plugins=plugins)
         assert reason in str(error.value) and "Traceback" in str(error.value)
 
@@ -127,7 +127,7 @@ def test_a_name_of_two_is_an_error_that_names_both(
     with pytest.raises(RecipeError) as error:
         load_recipe(recipe(tmp_path, shared_corpus, "banana"), plugins=plugins)
     assert apple in str(error.value) and banana in str(error.value)
-    with pytest.raises(PluginError, match="which one is meant") as contested:
+    with pytest.raises(RecipeError, match="which one is meant") as contested:
         load_recipe(recipe(tmp_path, shared_corpus, "pie"), plugins=plugins)
     assert apple in str(contested.value) and banana in str(contested.value) and BLOCK in str(contested.value)
     for blocked, of in (("foveate-apple", "banana_things"), ("foveate-banana", "apple_things")):
@@ -221,6 +221,7 @@ def test_what_a_hook_raises_names_its_plugin(site: Path) -> None:
     """
     install(site, "foveate-neat", {"neat_plugin.py": source}, neat="neat_plugin")
     plugins = load_plugins()
+    plugins.asked.add(OWNER)
     with pytest.raises(PluginError) as error:
         plugins.hook.stage_started(run=None, stage="value")
     assert str(error.value) == f"{OWNER} failed in its hook stage_started: ValueError('no disk')"
@@ -229,5 +230,8 @@ def test_what_a_hook_raises_names_its_plugin(site: Path) -> None:
         plugins.hook.stage_started(run=None, stage="own")
     with pytest.raises(KeyboardInterrupt):
         plugins.hook.stage_started(run=None, stage="stop")
-    plugins.manager.unregister(name=OWNER)
+    plugins.asked.clear()
+    with pytest.warns(UserWarning, match="no disk.*put aside: the recipe does not ask for it"):
+        assert plugins.hook.stage_started(run=None, stage="value") == ["value"]
     assert plugins.hook.stage_started(run=None, stage="value") == ["value"]
+    assert "no disk" in plugins.broken[OWNER]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from recipe_parts import RECIPE, tiny_plugins
 
-from foveate.errors import PluginError, RecipeError
+from foveate.errors import RecipeError
 from foveate.recipe import Recipe
 from foveate.recipe_file import load_recipe
 
@@ -280,5 +280,5 @@ trackers: [tensorboard]
 
 
 def test_a_registered_part_that_cannot_be_imported_is_an_error_of_its_plugin(read: Read) -> None:
-    with pytest.raises(PluginError, match="encoder 'gone' of tiny-parts"):
+    with pytest.raises(RecipeError, match=r"model\.encoder.*: encoder 'gone' of tiny-parts"):
         read(RECIPE, ["model.encoder=gone"])

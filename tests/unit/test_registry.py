@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 from recipe_parts import Accuracy, TinyEncoder, TinyProjector, tiny_plugins
 
-from foveate.errors import PluginError
 from foveate.options import Options
 from foveate.plugins import Plugins
 from foveate.registry import Component, Registry, load_registry, packaged_registry, resolve
@@ -93,14 +92,14 @@ def test_broken_plugins_are_named_and_shown_where_they_are_asked_for(context: di
     plugins.broken["foveate-neat (neat)"] = "Traceback …\n  line\nImportError: no flux"
     told = refusal("objectives", {}, context, default="neat")
     assert told.endswith(
-        "The plugin foveate-neat (neat) is broken and may be what is missing: Traceback …\n  line\nImportError: no flux"
+        "The plugin foveate-neat (neat) is not available: Traceback …\n  line\nImportError: no flux"
     )
     told = refusal("encoders", "wyde", context)
-    assert told.endswith("The plugin foveate-neat (neat) is broken and may be what is missing: ImportError: no flux")
+    assert told.endswith("`foveate plugins` tells of 1 installed that cannot be used, such as foveate-neat (neat)")
 
 
 def test_a_class_that_cannot_be_imported_is_the_plugins_error(context: dict[str, Any]) -> None:
-    with pytest.raises(PluginError, match=r"encoder 'gone' of tiny-parts .*no_such_module_of_anybody"):
+    with pytest.raises(ValidationError, match=r"encoder 'gone' of tiny-parts .*no_such_module_of_anybody"):
         resolve("encoders", "gone", context)
 
 

@@ -18,7 +18,7 @@ from foveate.model.build import load_lmm
 from foveate.progress import Display
 from foveate.recipe_file import load_recipe
 from foveate.session import Interrupted
-from foveate.train import train
+from foveate.training import train
 from tests.corpus import recipe_dict, write_recipe
 
 

@@ -171,12 +171,13 @@ def read_config(options: TransformersLLMOptions) -> PretrainedConfig:
 
 
 @torch.no_grad()
-def check_language_model(llm: LanguageModel, device: torch.device) -> None:
+def check_language_model(llm: LanguageModel, device: torch.device, wishes: bool = False) -> None:
     """Refuse an LLM that our packing or our head would compute wrongly. A few tokens; runs once at start-up.
 
     - Packed = separate: changing one sample must not change a single bit of its neighbour, whose states must equal
       those of a row of its own. Catches models that ignore the boundaries or the positions.
     - Our logits = the model's own: catches scaled, soft-capped or otherwise post-processed logits.
+    - With `wishes` (of objectives, for the attention): in a block, the first state must depend on the last token.
 
     Raises `ModelError` that says what differs.
     """
@@ -199,6 +200,14 @@ def check_language_model(llm: LanguageModel, device: torch.device) -> None:
     gap = float((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-30))
     if not gap <= tolerance:
         raise ModelError(f"{name} computes a packed sample differently from the same sample alone (by {gap:.1e})")
+    if wishes:
+        block = torch.ones(7, dtype=torch.int64)
+        first_of = [
+            llm(llm.embed(sample), torch.arange(7, device=device), Segments.of((7,), device, block))[0]
+            for sample in (second, torch.cat([second[:-1], ids[12:13]]))
+        ]
+        if torch.equal(*first_of):
+            raise ModelError(f"{name} ignores objectives' wishes for its attention; use those objectives with another")
     if isinstance(llm, TransformersLLM):
         ours = nn.functional.linear(alone * llm.logit_scale, weight, bias)
         theirs = llm.model(

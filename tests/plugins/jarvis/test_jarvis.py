@@ -22,7 +22,7 @@ from foveate.plugins import installed_plugins
 from foveate.progress import Display
 from foveate.recipe_file import load_recipe
 from foveate.testing.models import tiny_batches, tiny_lmm, tiny_rules
-from foveate.train import train
+from foveate.training import train
 from tests.corpus import LLM, recipe_dict, write_recipe
 from tests.distributions import install_project, on_path
 

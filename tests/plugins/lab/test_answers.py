@@ -13,7 +13,7 @@ from foveate.metrics import Answer, Evaluation
 from foveate.plugins import load_plugins
 from foveate.progress import Display
 from foveate.recipe_file import load_recipe
-from foveate.train import train
+from foveate.training import train
 from foveate_lab.answers import AnswersMetric
 from tests.corpus import ENCODER, LLM, write_recipe
 

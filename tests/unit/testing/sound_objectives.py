@@ -163,6 +163,23 @@ class Detached(Base):
         return (self.head(outputs.states().detach()) - outputs.randn_rows(3, name="noise")).square().sum(-1)
 
 
+class Averaged(Base):
+    """Its target is a moving average of its own head."""
+
+    def __init__(self, options: Any, context: ObjectiveContext):
+        super().__init__(options, context)
+        self.average = nn.Linear(context.llm_width, 3).requires_grad_(False)
+
+    def errors(self, outputs: Outputs) -> Tensor:
+        wanted = self.average(outputs.visual_tokens).detach()
+        return (self.head(outputs.states()) - wanted).square().sum(-1)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        for old, new in zip(self.average.parameters(), self.head.parameters(), strict=True):
+            old.lerp_(new, 0.1)
+
+
 class WithoutHead(Base):
     """No parameter of its own."""
 
@@ -239,6 +256,7 @@ SOUND: tuple[tuple[type[VisionObjective], dict[str, Any]], ...] = (
     (Generative, {"gradient_to": ("head", "projector", "llm")}),
     (Contrastive, {}),
     (Detached, {"gradient_to": ("head",)}),
+    (Averaged, {}),
     (WithoutHead, {}),
 )
 """Classes, and what is told to `check_objective` beside them."""

@@ -159,6 +159,16 @@ class UnknownWish(Base):
         return "bidirectional"
 
 
+class SeesAhead(Base):
+    @classmethod
+    def reads(cls, options: Any) -> Reads:
+        return Reads(shift=1)
+
+    @classmethod
+    def attention(cls, options: Any) -> Any:
+        return "image_bidirectional"
+
+
 class DividesByPadding(Base):
     def errors(self, outputs: Outputs) -> Tensor:
         padded = torch.stack([1 - valid.double().mean() for valid in outputs.split(outputs.valid)])
@@ -312,6 +322,7 @@ MISTAKES: tuple[tuple[type[VisionObjective], str, str], ...] = (
     (WritesData, "edits", "overwritten in place"),
     (OneTooFew, "extra tokens", "[11, 32] (needed: [22, 32]"),
     (UnknownWish, "attention", "wishes 'bidirectional'"),
+    (SeesAhead, "attention", "wishes image_bidirectional and reads the state before"),
     (DividesByPadding, "kinds of samples", "'one image': loss inf"),
     (SkipsDummy, "text-only batch", "get no gradient: objectives.skipsdummy.head.weight"),
     (Dropping, "noise", "dropout in a head"),
