@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from recipe_parts import TinyData, TinyEncoder, tiny_plugins
+from tests.unit.recipe_parts import TinyData, TinyEncoder, tiny_plugins
 
 from foveate.explain import each, said
 from foveate.recipe import (

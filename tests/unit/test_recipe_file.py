@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipe_parts import RECIPE, tiny_plugins
+from tests.unit.recipe_parts import RECIPE, tiny_plugins
 
 from foveate.errors import RecipeError
 from foveate.recipe import Recipe

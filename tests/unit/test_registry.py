@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
-from recipe_parts import Accuracy, TinyEncoder, TinyProjector, tiny_plugins
+from tests.unit.recipe_parts import Accuracy, TinyEncoder, TinyProjector, tiny_plugins
 
 from foveate.options import Options
 from foveate.plugins import Plugins
