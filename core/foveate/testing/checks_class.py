@@ -98,7 +98,9 @@ def construction(kit: Kit) -> str:
             "would be built in every process and twice.",
             "Use nn.ModuleList, nn.ModuleDict or nn.ParameterList for heads; return a teacher from build_teacher.",
         )
-    if frozen := [name for name, parameter in first.named_parameters() if not parameter.requires_grad]:
+    frozen = [name for name, parameter in first.named_parameters() if not parameter.requires_grad]
+    averaged = type(first).after_step is not VisionObjective.after_step  # a copy that is moved after steps
+    if frozen and not averaged:
         raise Failed(
             f"{len(frozen)} parameters with requires_grad=False: {', '.join(frozen[:4])}",
             "The recipe's `train` decides what is trained and sets requires_grad on all of a part, so these would be "
@@ -106,7 +108,9 @@ def construction(kit: Kit) -> str:
             "Make a fixed table a buffer (register_buffer); return a frozen model from build_teacher.",
         )
     count = sum(parameter.numel() for parameter in first.parameters())
-    return f"{count:,} parameters, {sum(1 for _ in first.buffers())} buffers; built on meta; the same for the same seed"
+    told = f"{count:,} parameters, {sum(1 for _ in first.buffers())} buffers; built on meta; the same for the same seed"
+    note = f"; {len(frozen)} frozen ones, moved after steps: recipes must train the other sub-parts by name"
+    return told + (note if frozen else "")
 
 
 def _unregistered(objective: nn.Module) -> Iterator[str]:

@@ -229,6 +229,12 @@ def attention(kit: Kit) -> str:
             "Core carries these wishes into the LLM's attention and no other.",
             f"Return one of {', '.join(known)}.",
         )
+    if wish != "causal" and bench.rule.reads.shift:
+        raise Failed(
+            f"it wishes {wish} and reads the state before each visual token (shift 1)",
+            "That state would have seen the very token that is to be foretold; a recipe with both is refused.",
+            "Read unshifted states, or stay causal.",
+        )
     batch = bench.pack([bench.samples["adjacent images"]])
     states_TD, inputs_1TD = _states_and_inputs(bench, batch)
     visible_TT = _visible(bench, batch, wish)

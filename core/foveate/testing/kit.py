@@ -84,11 +84,6 @@ class Kit:
         return self._start
 
     @functools.cached_property
-    def large(self) -> Bench:
-        """The same on a model with nine times as many visual tokens an image."""
-        return Bench(self.chosen, tiny_lmm(3 * self.side, self.seed), self.seed)
-
-    @functools.cached_property
     def trained(self) -> Bench:
         """The same as `start` after a few optimizer steps of head, projector and LLM on the mixed row.
 

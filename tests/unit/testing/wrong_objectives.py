@@ -221,7 +221,7 @@ WRONG: dict[str, tuple[type[VisionObjective], type[VisionObjective], str, tuple[
     ),
     "a wrong count": (
         WrongCount, WrongCountCorrected, "count",
-        ("run over more units than `count` says", "1 times as many on nine times", "its rows for a loss"),
+        ("run over more units than `count` says", "1 times as many units on nine times", "its rows for a loss"),
     ),
     "a state that leaks across samples of a row": (
         CentredOverRow, CentredOverRowCorrected, "sums",
