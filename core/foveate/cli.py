@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from foveate import __version__, plugin_cli, show_cli
+from foveate import __version__, export_cli, plugin_cli, show_cli
 from foveate.errors import FoveateError
 from foveate.plugins import Registration, installed_plugins
 
@@ -251,6 +251,7 @@ def _shown(path: Path) -> Path:
 app.add_typer(plugin_cli.app, name="plugins", cls=PluginGroup)
 app.command("new-plugin")(plugin_cli.new_plugin)
 app.command(cls=show_cli.ManyImages)(show_cli.show)
+app.command()(export_cli.export)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

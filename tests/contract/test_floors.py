@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"files", "optim", "precision", "checkpoint", "metrics", "run", "progress", "export", "tally"},
     {"data_room", "assembly", "session", "fitting", "stage", "stage_checks", "plan", "training"}
     | {"loaded", "gallery", "report"},
-    {"testing", "pytest_plugin", "cli", "plugin_cli", "show_cli", "scaffold", "recipe_docs"},
+    {"testing", "pytest_plugin", "cli", "plugin_cli", "show_cli", "export_cli", "scaffold", "recipe_docs"},
 ]
 """Modules of `foveate` by floor; a module imports from its own floor or below, without circles."""
 
