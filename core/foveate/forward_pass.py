@@ -95,10 +95,12 @@ class ForwardPass:
                 raise PluginError(f"objective '{name}' edits the visual tokens in place; return new ones in an Edit")
             if edit is None:
                 continue
-            if edit.tokens.shape != old_RD.shape or edit.edited.shape != edited_R.shape:
+            fitting = edit.tokens.shape == old_RD.shape and edit.edited.shape == edited_R.shape
+            if not fitting or edit.edited.dtype is not torch.bool:
                 raise PluginError(
                     f"objective '{name}': its edit has tokens {list(edit.tokens.shape)} and edited "
-                    f"{list(edit.edited.shape)}; needed are {list(old_RD.shape)} and {list(edited_R.shape)}"
+                    f"{list(edit.edited.shape)} {edit.edited.dtype}; needed are {list(old_RD.shape)} and "
+                    f"{list(edited_R.shape)} torch.bool"
                 )
             new_RD = edit.tokens
             if edit.keep_norm:
@@ -199,7 +201,7 @@ class ForwardPass:
                 with torch.no_grad():
                     self._hidden = encode(self.lmm.encoder, self.batch.pixels, self._layers)
             where, states = list(numbers), self._hidden[index]
-        chosen = states.detach() if where == list(range(len(states))) else states.detach()[where]
+        chosen = states.detach().clone() if where == list(range(len(states))) else states.detach()[where]
         return _full(chosen.flatten(0, 1))
 
 

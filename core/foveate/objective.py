@@ -332,7 +332,10 @@ class Targets(Sequence[Mapping[str, Tensor]]):
 
 
 class TeacherInputs:
-    """Pictures for a teacher. `prepared`: what `prepare_image` made, one an image, on the teacher's device."""
+    """Pictures for a teacher. `prepared`: what `prepare_image` made, one an image, on the teacher's device.
+
+    Floating-point entries come in the teacher's dtype when it encodes.
+    """
 
     def __init__(
         self,
@@ -343,6 +346,10 @@ class TeacherInputs:
     ):
         self.records, self.prepared, self.encoder_grid = tuple(records), tuple(prepared), encoder_grid
         self._encoder_states = encoder_states
+
+    def with_prepared(self, prepared: Sequence[Mapping[str, Tensor]]) -> TeacherInputs:
+        """The same pictures, prepared otherwise."""
+        return TeacherInputs(self.records, prepared, self._encoder_states, self.encoder_grid)
 
     def stack(self, name: str) -> Tensor:
         """The entry `name` of every picture, `[I, …]`."""

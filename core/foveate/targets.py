@@ -58,12 +58,17 @@ class TeacherRoom:
     def encode(self, name: str, inputs: TeacherInputs) -> list[dict[str, Tensor]]:
         """One record an image, on the device, in full precision where floating. Raises `PluginError`."""
         objective, teacher = self.objectives[name], self.of(name)
+        prepared = [{key: self._own(value) for key, value in views.items()} for views in inputs.prepared]
+        inputs = inputs.with_prepared(prepared)
         half = self.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.device.type, dtype=self.dtype if half else torch.bfloat16, enabled=half):
             records = called(objective, name, "encode_target", teacher, inputs)
         if len(records) != len(inputs.records):
             raise PluginError(f"objective '{name}': {len(records)} target records for {len(inputs.records)} images")
         return [{key: self._full(value) for key, value in record.items()} for record in records]
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _full(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.full) if tensor.is_floating_point() else tensor
