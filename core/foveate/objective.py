@@ -117,7 +117,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Moment:
-    """When something random happens: the recipe's seed, the stage, and the optimizer step in it."""
+    """When something random happens: the recipe's seed, the stage, and the optimizer step in it, from 0."""
 
     seed: int = 0
     stage: str = ""
@@ -190,7 +190,10 @@ class Rows:
 
 
 class EditInputs(Rows):
-    """What an editor sees before the LLM runs: `tokens` `[R, D]`, and `edited` `[R]`, those that others changed."""
+    """What an editor sees before the LLM runs: `tokens` `[R, D]`, and `edited` `[R]`, those that others changed.
+
+    All visual tokens of each image: with `shift=1` also the first, which the rows of the loss may lack.
+    """
 
     def __init__(self, images: Sequence[ImageRows], objective: str, moment: Moment, tokens: Tensor, edited: Tensor):
         super().__init__(images, objective, moment, tokens)
@@ -529,7 +532,10 @@ class VisionObjective(nn.Module):
         return []
 
     def after_step(self, step: int) -> None:
-        """Called on every process after an optimizer step that it took part in: averages, revival of dead rows."""
+        """Called on every process after an optimizer step that it took part in; `step` counts from 0 in the stage.
+
+        For what follows from parameters alone: averages of weights, revival of dead rows. It sees no batch.
+        """
 
 
 def resize_rows(rows: Tensor, grid: Grid, to: Grid) -> Tensor:
