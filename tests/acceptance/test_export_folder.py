@@ -51,9 +51,7 @@ def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_model(model, tmp_path_factory.mktemp("out") / "llava").folder
 
 
-def test_names_are_those_of_the_hub(
-    exported: Path, shared_corpus: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_names_are_those_of_the_hub(exported: Path, shared_corpus: Path, tmp_path: Path) -> None:
     """As in llava-hf/llava-1.5-7b-hf; what CLIP has and nobody reads is there too, so that no loader misses it."""
     names = set(load_file(exported / "model.safetensors"))
     tower = "vision_tower.vision_model."
@@ -89,6 +87,21 @@ def test_the_folder_is_whole_and_starts_a_recipe(model: Path, exported: Path) ->
     assert ends == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
+def test_older_readers_find_what_they_look_for(shared_corpus: Path, tmp_path: Path) -> None:
+    """transformers 4, and programs that read the files themselves: names that transformers 5 has changed."""
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    parts = {"encoder": encoder("dinov2"), "projector": MLP, "llm": llm("llama", rope_parameters=scaled)}
+    out = export_model(random_model(tmp_path, shared_corpus, parts), tmp_path / "out").folder
+    text = json.loads((out / "config.json").read_text())["text_config"]
+    assert (text["rope_theta"], text["rope_scaling"]) == (5e5, {"rope_type": "linear", "factor": 2.0})
+    back = LlavaForConditionalGeneration.from_pretrained(out).config.text_config
+    assert back.rope_parameters == scaled
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert json.loads((out / "preprocessor_config.json").read_text())["image_processor_type"] == "LlavaImageProcessor"
+    attention = {name for name in load_file(out / "model.safetensors") if ".layer.0.attention." in name}
+    assert "vision_tower.encoder.layer.0.attention.attention.query.weight" in attention
+
+
 def test_an_answer_ends_where_the_template_teaches_it(shared_corpus: Path, tmp_path: Path) -> None:
     """A tokenizer whose EOS is not what its chat template says at the end of an answer, as Qwen2's base models."""
     tokenizer = train_tokenizer(["Which digit? It is 4."], 300)
@@ -99,6 +112,7 @@ def test_an_answer_ends_where_the_template_teaches_it(shared_corpus: Path, tmp_p
     out = export_model(random_model(tmp_path, shared_corpus, model, template="chatml"), tmp_path / "out").folder
     ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
     assert tokenizer.convert_ids_to_tokens(ends) == ["<|im_end|>", "<|endoftext|>"]
+    assert AutoProcessor.from_pretrained(out).tokenizer.eos_token == "<|im_end|>", "lmms-eval stops at nothing else"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -5,6 +5,7 @@ Stock where the model is a stock Llava; else, on request, with a modelling file 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -81,8 +82,7 @@ def export_model(
         config.save_pretrained(aside)
         generation.save_pretrained(aside)
         processor.save_pretrained(aside)
-        # releases of transformers before 5 read the image processor from a file of its own
-        processor.image_processor.save_pretrained(aside)
+        _help_older_readers(aside, processor)
         if own_code:
             code = files("foveate.export") / f"{MODELLING}.py"
             (aside / f"{MODELLING}.py").write_text(code.read_text(encoding="utf-8"), encoding="utf-8")
@@ -151,6 +151,33 @@ def _write_weights(state: Mapping[str, Tensor], dtype: torch.dtype, folder: Path
         written[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
     save_torch_state_dict(written, folder)
+
+
+def _help_older_readers(folder: Path, processor: Any) -> None:
+    """Say what transformers 5 renamed by its old name too: others, which do not know the new one, would not notice."""
+    processor.image_processor.save_pretrained(folder)  # they read it from a file of its own
+    for name, change in (("config.json", _old_rotations), ("tokenizer_config.json", _old_tokenizer)):
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        change(content)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _old_rotations(config: dict[str, Any]) -> None:
+    given = dict(config["text_config"].get("rope_parameters") or {})
+    if "rope_theta" in given:  # else the LLM has none, or one a kind of layer, which older releases do not know either
+        config["text_config"]["rope_theta"] = given.pop("rope_theta")
+        if "partial_rotary_factor" in given:
+            config["text_config"]["partial_rotary_factor"] = given.pop("partial_rotary_factor")
+        if given.get("rope_type", "default") != "default":
+            config["text_config"]["rope_scaling"] = given
+
+
+def _old_tokenizer(config: dict[str, Any]) -> None:
+    # by default they add BOS, and number the segments of a text, which GPT-2 would add to its embeddings
+    config |= {"add_bos_token": False, "add_eos_token": False, "model_input_names": ["input_ids", "attention_mask"]}
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
 
 
 @contextmanager

@@ -62,13 +62,17 @@ def chat_template(template: Template) -> str:
 def make_processor(rules: SampleRules, tokenizer: Any, strategy: str) -> LlavaProcessor:
     """The processor: training's image processor, its template, and as many placeholders as there are visual tokens.
 
-    `tokenizer` is one of its own: it is changed, for padding on the left, and so that it adds nothing to what the
-    template says. `strategy`: `vision_feature_select_strategy` of the model.
+    `tokenizer` is one of its own. It is changed: it pads on the left, adds nothing to what the template says, and its
+    EOS is what ends an answer, because some programs stop at nothing else. `strategy`: the model's
+    `vision_feature_select_strategy`.
     """
     size, tokens = rules.encoder.image_size, math.prod(rules.visual_grid)
     patch = size // math.isqrt(tokens)  # of pixels; CLS tokens that the model uses are no square's part
     tokenizer("", truncation=False, padding=False)  # forgets the truncation and padding of its file
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter is what a tokenizer saves
+    end = _answer_end(rules)
+    if end is not None and "eos_token" not in rules.template.source:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     _add_nothing(tokenizer)
@@ -85,14 +89,19 @@ def make_processor(rules: SampleRules, tokenizer: Any, strategy: str) -> LlavaPr
 
 
 def make_generation_config(rules: SampleRules, tokenizer: Any) -> GenerationConfig:
-    """Greedy, until a token that ends an answer: those that the template teaches, and EOS."""
-    ids, learned = encode(rules.template, rules.tokenizer, (Turn("user", "a"), Turn("assistant", "b")))
-    special = {number for number, token in rules.tokenizer.added_tokens_decoder.items() if token.special}
-    taught = [token for token, mine in zip(ids, learned, strict=True) if mine and token in special]
-    ends = [*taught[-1:], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    """Greedy, until a token that ends an answer: the one that the template teaches, or EOS."""
+    ends = [token for token in (_answer_end(rules), rules.tokenizer.eos_token_id) if token is not None]
     return GenerationConfig(
         eos_token_id=list(dict.fromkeys(ends)), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
+
+
+def _answer_end(rules: SampleRules) -> int | None:
+    """The last special token of an answer that the template supervises."""
+    ids, learned = encode(rules.template, rules.tokenizer, (Turn("user", "a"), Turn("assistant", "b")))
+    special = {number for number, token in rules.tokenizer.added_tokens_decoder.items() if token.special}
+    taught = [token for token, mine in zip(ids, learned, strict=True) if mine and token in special]
+    return taught[-1] if taught else None
 
 
 def _add_nothing(tokenizer: Any) -> None:
@@ -101,7 +110,6 @@ def _add_nothing(tokenizer: Any) -> None:
         return
     for name in ("add_bos_token", "add_eos_token"):
         setattr(tokenizer, name, False)
-        tokenizer.init_kwargs[name] = False
     if tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids:
         raise ModelError(
             f"the {type(tokenizer).__name__} adds special tokens to every text, and cannot be told to leave that to "

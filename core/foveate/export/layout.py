@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, TimmWrapperConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from foveate.errors import ModelError
 from foveate.export.modeling_foveate_llava import FoveateLlavaConfig, FoveateLlavaForConditionalGeneration
@@ -30,12 +31,6 @@ _AUTO_MAP = {
     "AutoConfig": f"{MODELLING}.{FoveateLlavaConfig.__name__}",
     "AutoModelForImageTextToText": f"{MODELLING}.{FoveateLlavaForConditionalGeneration.__name__}",
 }
-_HUB = {
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-}
-"""Names of modules → names in the checkpoints of llava-hf; the tower's depend on its family."""
 
 
 def not_stock(lmm: LMM) -> list[str]:
@@ -154,7 +149,7 @@ def name_weights(lmm: LMM, config: Any, own_code: bool) -> dict[str, Tensor]:
             f"{len(lmm.state_dict()) - placed} weights of the model have no place in {type(shell).__name__}"
             + (f", and {len(wrong)} of its own do not fit: {', '.join(wrong[:4])}" if wrong else "")
         )
-    return state if own_code else _as_on_the_hub(lmm, state)
+    return state if own_code else _as_on_the_hub(lmm, shell, state)
 
 
 def _renamed(lmm: LMM, own_code: bool) -> dict[str, Tensor]:
@@ -173,11 +168,12 @@ def _renamed(lmm: LMM, own_code: bool) -> dict[str, Tensor]:
     return _replace_prefixes(lmm.state_dict(), prefixes)
 
 
-def _as_on_the_hub(lmm: LMM, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _as_on_the_hub(lmm: LMM, shell: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as in the checkpoints of llava-hf: transformers makes them when it saves, all but one prefix."""
     assert isinstance(lmm.encoder, TransformersEncoder)
-    # transformers 5 took `vision_model` out of CLIP's and SigLIP's modules; it still reads it, others read only it
+    # it took `vision_model` out of CLIP's and SigLIP's modules; it still reads it, and others read only it
     inner = "" if "dinov2" in lmm.encoder.model.config.model_type else "vision_model."
-    return _replace_prefixes(state, {**_HUB, "model.vision_tower.": f"vision_tower.{inner}"})
+    return _replace_prefixes(revert_weight_conversion(shell, dict(state)), {"vision_tower.": f"vision_tower.{inner}"})
 
 
 def _replace_prefixes(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """A LLaVA with parts that transformers' own has no place for, trained with foveate.
 
-It needs torch and transformers, and timm where the encoder is timm's:
+It needs torch and transformers from 5.23 on, and timm where the encoder is timm's:
 
     model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(FOLDER)
@@ -15,7 +15,10 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration, __version__
+
+if int(__version__.split(".")[0]) < 5:
+    raise ImportError(f"transformers {__version__} names the weights of encoders otherwise: install 5.23 or newer")
 
 
 class FoveateLlavaConfig(LlavaConfig):
