@@ -1,11 +1,12 @@
 """What the contract costs: time of core's own calls around objectives ÷ time of a step, at the quickstart's size.
 
-    python benchmarks/contract.py [STEPS]
+    python benchmarks/contract.py [STEPS [THREADS]]
 
-Trains the quickstart's first stage with the template's objective (`examples/plugin_template`), then with two more: one
-edits the visual tokens, one reads three shifted layers. `machinery` is the time of core's calls around them, without
-what these call of the model and of the objectives: who takes part, reads, taps and edits around the LLM, outputs,
-targets, sums and metrics, hooks after a step. `gathering` copies the rows of states, which any implementation must.
+Trains the quickstart's first stage without an objective (what the loop does anyway), with the template's
+(`examples/plugin_template`), then with two more: one edits the visual tokens, one reads three shifted layers.
+`machinery` is the time of core's calls around them, without what these call of the model and of the objectives: who
+takes part, reads, taps and edits around the LLM, outputs, targets, sums and metrics, hooks after a step. `gathering`
+copies the rows of states, which any implementation must.
 """
 
 from __future__ import annotations
@@ -117,31 +118,32 @@ def watched(objectives: Mapping[str, type[VisionObjective]]) -> Clock:
     return clock
 
 
-def main(steps: int) -> None:
-    torch.set_num_threads(2)
+def main(steps: int, threads: int) -> None:
+    torch.set_num_threads(threads)
     several = {"align": AlignLoss, "masked": Masked, "noisy": Noisy}
     clock = watched(several)
-    for names in (["align"], list(several)):
+    for names in ([], ["align"], list(several)):
         clock.steps.clear()
-        run(steps, names, plugins_with(several))
+        run(steps, threads, names, plugins_with(several))
         kept = clock.steps[len(clock.steps) // 10 :]
         share = {kind: statistics.median(entry[kind] / entry["step"] for entry in kept) for kind in clock.spent}
         typical = statistics.median(entry["step"] for entry in kept)
-        print(f"{', '.join(names)}: median step {1e3 * typical:.1f} ms; of it, medians over {len(kept)} steps:")
+        print(f"{', '.join(names) or 'no objective'}: median step {1e3 * typical:.1f} ms, {len(kept)} steps; medians:")
         for kind, value in share.items():
             print(f"  {kind:10s} {100 * value:6.2f} %")
 
 
-def run(steps: int, names: Sequence[str], plugins: Plugins) -> None:
+def run(steps: int, threads: int, names: Sequence[str], plugins: Plugins) -> None:
     """Train the quickstart's first stage with some objectives."""
     options = {"align": "{}", "masked": "{wish: causal}", "noisy": "{shift: 1, layers: [-1, 1, 2]}"}
     parts = {"encoder": "1.5e-3", "projector": "1.5e-3", "llm": "1.5e-3", **dict.fromkeys(names, "1e-3")}
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "contract.yaml"
         listed = "".join(f"  {name}: {options[name]}\n" for name in names)
-        recipe.write_text(f"extends: {ROOT / 'examples' / 'quickstart.yaml'}\nobjectives:\n{listed}")
+        objectives = f"objectives:\n{listed}" if names else ""
+        recipe.write_text(f"extends: {ROOT / 'examples' / 'quickstart.yaml'}\n{objectives}")
         changes = [
-            f"output={folder}/run", "evaluate=null", "hardware.workers=0", "hardware.threads=2",
+            f"output={folder}/run", "evaluate=null", "hardware.workers=0", f"hardware.threads={threads}",
             "stages.0.epochs=null", f"stages.0.max_steps={steps}",
             "stages.0.train={" + ", ".join(f"{part}: {rate}" for part, rate in parts.items()) + "}",
             "stages.1.epochs=null", "stages.1.max_steps=1", "stages.1.objectives=[]",
@@ -150,4 +152,5 @@ def run(steps: int, names: Sequence[str], plugins: Plugins) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100)
+    given = [int(word) for word in sys.argv[1:]]
+    main(*given, *(100, 2)[len(given) :])

@@ -95,6 +95,9 @@ class ForwardPass:
                 raise PluginError(f"objective '{name}' edits the visual tokens in place; return new ones in an Edit")
             if edit is None:
                 continue
+            if not isinstance(edit, Edit):
+                what = type(edit).__name__
+                raise PluginError(f"objective '{name}': edit_visual_tokens must return an Edit or None, not {what}")
             fitting = edit.tokens.shape == old_RD.shape and edit.edited.shape == edited_R.shape
             if not fitting or edit.edited.dtype is not torch.bool:
                 raise PluginError(

@@ -93,6 +93,8 @@ class Learner(nn.Module):
             term: LossTerm = called(objective, name, "loss", seen.outputs, seen.targets, seen.state)  # type: ignore[arg-type]
         if not isinstance(term, LossTerm) or not isinstance(term.total, Tensor) or term.total.numel() != 1:
             raise PluginError(f"objective '{name}': loss must return LossTerm(total, metrics) with a scalar tensor")
+        if wrong := [key for key, pair in term.metrics.items() if not isinstance(pair, tuple) or len(pair) != 2]:
+            raise PluginError(f"objective '{name}': metric '{wrong[0]}' must be a pair (sum, count)")
         if not run.rows[name].dummy:
             return term
         if not math.isfinite(float(term.total.detach())):
@@ -100,7 +102,8 @@ class Learner(nn.Module):
                 f"objective '{name}': its loss is {float(term.total.detach())} on the dummy picture of a row without "
                 "an image; it must be finite for any picture"
             )
-        return LossTerm(term.total * 0.0, {metric: (0.0, 0.0) for metric in term.metrics})
+        nothing = {key: torch.zeros_like(sums) for key, sums in term.statistics.items()}
+        return LossTerm(term.total * 0.0, {metric: (0.0, 0.0) for metric in term.metrics}, nothing)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from foveate.errors import ModelError
@@ -45,6 +45,8 @@ Everything else stays causal; text sees all that is before it. Beside `shift=1` 
 
 class ObjectiveOptions(Options):
     """What every objective can be told in a recipe. Subclasses add fields, each with a description."""
+
+    model_config = ConfigDict(validate_default=True)
 
     weight: float = Field(1.0, ge=0, description="Weight of its mean in the loss.")
     start_step: int = Field(0, ge=0, description="First step of a stage that it takes part in, counted from 0.")
@@ -100,11 +102,13 @@ class Reads:
 class LossTerm:
     """A part of the loss on one micro-batch: its **sum** over units, and named metrics as (sum, count).
 
-    A metric's name must not depend on the batch: all processes report the same names.
+    `statistics`: named sums of any fixed shape, added up over the step's micro-batches and processes and handed to
+    `after_step`: a centre, the use of codes. Names must not depend on the batch: all processes report the same.
     """
 
     total: Tensor
     metrics: dict[str, tuple[Tensor | float, float]] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,10 +165,15 @@ class Rows:
         sums = rows.new_zeros(len(self.images), *rows.shape[1:]).index_add(0, owner, rows)
         return sums / sizes.clamp_min(1).reshape(-1, *[1] * (rows.ndim - 1)).to(rows.dtype)
 
+    def to_rows(self, values: Tensor) -> Tensor:
+        """`[I, …]` → `[R, …]`: each image's value at all of its rows."""
+        sizes = torch.tensor([image.rows.stop - image.rows.start for image in self.images], device=values.device)
+        return values.repeat_interleave(sizes, 0)
+
     @property
     def valid(self) -> Tensor:
         """`[R]` bool: rows whose visual token does not lie in padding."""
-        cells = [_inside(image.record)[image.dropped :] for image in self.images if _has_rows(image)]
+        cells = [image.record.valid()[image.dropped :] for image in self.images if _has_rows(image)]
         return torch.cat([torch.zeros(0, dtype=torch.bool), *cells]).to(self._like.device)
 
     def generator(self, image: int, name: str) -> torch.Generator:
@@ -217,10 +226,7 @@ class Edit:
 
 
 class Outputs(Rows):
-    """What the model made of a micro-batch, as one objective sees it. Float32 (or 64), autocast off.
-
-    `teacher`: where the objective says `teacher_in_loss`; frozen, but gradients flow through it.
-    """
+    """What the model made of a micro-batch, as one objective sees it. Float32 (or 64), autocast off."""
 
     def __init__(
         self, images: Sequence[ImageRows], objective: str, moment: Moment, *, like: Tensor,
@@ -229,7 +235,7 @@ class Outputs(Rows):
         pixels: Callable[[], Tensor], teacher: nn.Module | None = None, spec: EncoderSpec | None = None,
     ):  # fmt: skip
         super().__init__(images, objective, moment, like)
-        self.encoder_grid, self.teacher, self._spec = encoder_grid, teacher, spec
+        self.encoder_grid, self._teacher, self._spec = encoder_grid, teacher, spec
         self._visual_tokens, self._edited, self._pixels = visual_tokens, edited, pixels
         self._states, self._extra_states, self._encoder_states = states, extra_states, encoder_states
 
@@ -253,6 +259,13 @@ class Outputs(Rows):
             states=lambda layer: states[layer], extra_states=lambda layer: (extra_states or {})[layer],
             encoder_states=lambda layer: (encoder_states or {})[layer], encoder_grid=encoder_grid, pixels=lambda: seen,
         )  # fmt: skip
+
+    @property
+    def teacher(self) -> Any:
+        """The teacher, frozen; gradients flow through it. Raises `ModelError` without `teacher_in_loss = True`."""
+        if self._teacher is None:
+            raise ModelError("outputs.teacher: the objective has none, or its class lacks teacher_in_loss = True")
+        return self._teacher
 
     @functools.cached_property
     def pixels(self) -> Tensor:
@@ -324,7 +337,9 @@ class Targets(Sequence[Mapping[str, Tensor]]):
         name = name if name is not None or not self._records else next(iter(self._records[0]), None)
         for record, image in zip(self._records, self._images, strict=True):
             if name is None or name not in record:
-                there = ", ".join(record) or "none"
+                if not record:
+                    raise ModelError("targets.rows: the objective has no teacher that makes records")
+                there = ", ".join(record)
                 raise ModelError(f"the teacher's records have no entry '{name}'; they have {there}")
             tokens, found = image.record.grid[0] * image.record.grid[1], len(record[name])
             if found != tokens:
@@ -488,8 +503,14 @@ class VisionObjective(nn.Module):
     def teacher_fingerprint(self) -> str:
         """What the targets depend on; equal fingerprints share a teacher and its targets."""
         chosen = getattr(self.options, "teacher", None)
-        own = self.options.model_dump(mode="json") if chosen is None else chosen.resolved()
-        maker = f"{type(self).__module__}.{type(self).__qualname__}" if chosen is None else ""
+        methods = ("prepare_image", "build_teacher", "encode_target", "fit_teacher")
+        plain = all(getattr(type(self), name) is getattr(VisionObjective, name) for name in methods[1:])
+        prepares: Any = (type(self).prepare_image, VisionObjective.prepare_image)
+        plain = plain and len({method.__func__ for method in prepares}) == 1
+        if chosen is not None and plain:
+            maker, own = "", chosen.resolved()
+        else:
+            maker, own = f"{type(self).__module__}.{type(self).__qualname__}", self.options.model_dump(mode="json")
         text = json.dumps([maker, own, self.context.visual_grid, vars(self.context.encoder)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -531,10 +552,11 @@ class VisionObjective(nn.Module):
         """What it learned, for people: shown by ``foveate show`` and at the end of a run. Runs without gradients."""
         return []
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, statistics: Mapping[str, Tensor]) -> None:
         """Called on every process after an optimizer step that it took part in; `step` counts from 0 in the stage.
 
-        For what follows from parameters alone: averages of weights, revival of dead rows. It sees no batch.
+        For averages of weights, centres, revival of dead rows. `statistics`: those of `LossTerm`, summed over the whole
+        step and all processes, so that every process moves its buffers alike.
         """
 
 
@@ -549,10 +571,3 @@ def resize_rows(rows: Tensor, grid: Grid, to: Grid) -> Tensor:
 
 def _has_rows(image: ImageRows) -> bool:
     return image.record.role == "input"
-
-
-def _inside(record: ImageRecord) -> Tensor:
-    """`[N]` bool: the centre of the visual token lies in the record's content box."""
-    (rows, columns), (left, top, right, bottom) = record.grid, record.content
-    y, x = (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns
-    return ((top <= y) & (y <= bottom))[:, None].logical_and((left <= x) & (x <= right)).flatten()

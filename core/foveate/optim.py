@@ -28,15 +28,18 @@ class TrainedPart:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
 
-def part_parameters(modules: Mapping[str, nn.Module], rules: Mapping[str, TrainRule]) -> list[TrainedPart]:
+def part_parameters(
+    modules: Mapping[str, nn.Module], rules: Mapping[str, TrainRule], fixed: Collection[int] = ()
+) -> list[TrainedPart]:
     """Sets `requires_grad` on every parameter of `modules` as `rules` (part → rule) say; returns what is trained.
 
     What no rule names is frozen; of dotted names (sub-modules, parameters) the deepest wins. A tied parameter is there
-    once. `lora` injects adapters, so call this once a stage. Raises `ModelError` for a rule that selects nothing.
+    once. `lora` injects adapters, so call this once a stage. `fixed`: ids of parameters that no rule trains (averages
+    of an objective). Raises `ModelError` for a rule that selects nothing.
     """
     owner: dict[int, str] = {}
     for name, rule in sorted(rules.items(), key=lambda item: len(item[0])):
-        owner |= {id(parameter): name for parameter in _selected(modules, name, rule)}
+        owner |= {id(parameter): name for parameter in _selected(modules, name, rule) if id(parameter) not in fixed}
     parts = {name: TrainedPart(name, rule) for name, rule in rules.items()}
     for part, module in modules.items():
         for name, parameter in module.named_parameters():
@@ -169,12 +172,14 @@ class MovementCheck:
     """Catches modules that are silently not trained, or trained although frozen.
 
     Made before a stage's first step, it remembers up to 16,384 evenly spread elements of every parameter and compares
-    them after the first steps: a trained part must have moved somewhere, a frozen parameter nowhere.
+    them after the first steps: a trained part must have moved somewhere, a frozen parameter nowhere. `fixed`: ids of
+    those that somebody else moves.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], parts: list[TrainedPart]):
+    def __init__(self, modules: Mapping[str, nn.Module], parts: list[TrainedPart], fixed: Collection[int] = ()):
         self._parts = parts
         named = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+        named = {name: parameter for name, parameter in named.items() if id(parameter) not in fixed}
         self._before = {name: (parameter, _sample(parameter).clone()) for name, parameter in named.items()}
 
     def verify(self, where: str, idle: Collection[str] = ()) -> None:

@@ -119,7 +119,9 @@ def part_rows(modules: Mapping[str, nn.Module], stage: Stage, precision: Precisi
     """A row a part and a rule. Selects parameters, and injects adapters, as the stage's rules say."""
     total = {part: sum(parameter.numel() for parameter in module.parameters()) for part, module in modules.items()}
     full = "fp64" if precision.compute == "fp64" else "fp32"
-    chosen = {part.name: part for part in part_parameters(modules, stage.train)}
+    heads = [parameter for part in modules.keys() - set(PARTS) for parameter in modules[part].parameters()]
+    fixed = {id(parameter) for parameter in heads if not parameter.requires_grad}
+    chosen = {part.name: part for part in part_parameters(modules, stage.train, fixed)}
     rows = []
     for part in modules:
         own = {name: rule for name, rule in stage.train.items() if name.partition(".")[0] == part}

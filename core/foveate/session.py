@@ -81,6 +81,8 @@ class Session:
     stop: StopRequest
     checkpoint: Checkpoint | None = None
     """The newest one of a run that is resumed, until its stage has taken it."""
+    fixed: set[int] = field(default_factory=set)
+    """Ids of parameters that an objective froze when it was built: no rule trains them."""
     touched: set[str] = field(default_factory=set)
     """State-dict names of weights that have been trained in earlier stages."""
 
@@ -120,6 +122,8 @@ class Session:
         run = Run.start(recipe, data.fingerprints(), resume=resume, main=accelerator.is_main_process)
         frozen = FrozenParts(learner.teachers.full, DTYPES[recipe.precision.frozen])
         session = cls(recipe, run, accelerator, installed_plugins(), plan, data, lmm, learner, display, frozen, stop)
+        heads = [parameter for objective in session.objectives.values() for parameter in objective.parameters()]
+        session.fixed = {id(parameter) for parameter in heads if not parameter.requires_grad}
         if recipe.trackers:
             accelerator.init_trackers(recipe.name, config={"recipe": str(run.folder)})
         if resume:

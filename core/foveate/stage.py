@@ -63,13 +63,13 @@ class StageLoop:
             elif name in PARTS:  # an objective stays in full precision
                 self.session.frozen.freeze(name, module)
             module.train(bool(whole))
-        return part_parameters(self.modules, rules)
+        return part_parameters(self.modules, rules, self.session.fixed)
 
     def run(self) -> None:
         """Train to the end of the stage, or until somebody asks for a stop; then leave a checkpoint."""
         session, stage = self.session, self.stage
         self._resume()
-        movement = MovementCheck(self.modules, self.parts) if self.step == 0 else None
+        movement = MovementCheck(self.modules, self.parts, session.fixed) if self.step == 0 else None
         self.learner, optimizer = session.accelerator.prepare(session.learner, self.optimizer)
         total = self.data.total_steps
         with session.display.stage(stage.name, total, self.step) as bar, self._memory_savers():
@@ -132,8 +132,10 @@ class StageLoop:
         norm = clip_gradients(self.parts, self.stage.clip, where)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for name in sorted(taking_part):
-            called(self.active[name], name, "after_step", self.step)
+        statistics = {name: tally.statistics(name, session.accelerator) for name in sorted(taking_part)}
+        for name, sums in statistics.items():
+            with torch.no_grad():
+                called(self.active[name], name, "after_step", self.step, sums)
         self.seen |= taking_part
         sizes = {name: counts[name] for name in ("samples", "images", "tokens")}
         return {**losses, "grad_norm": norm, **sizes}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -40,6 +41,14 @@ class Tally:
                     found[name] = found.get(name, 0.0) + float(number)
         return found
 
+    def statistics(self, part: str, accelerator: Any) -> dict[str, Tensor]:
+        """The statistics of an objective, added up over micro-batches and processes."""
+        found: dict[str, Tensor] = {}
+        for output, _ in self.outputs:
+            for name, value in output.terms[part].statistics.items() if part in output.terms else ():
+                found[name] = found[name] + value if name in found else value
+        return {name: accelerator.reduce(found[name], "sum") for name in sorted(found)}
+
     def culprits(self, parts: Collection[str]) -> list[str]:
         """Samples of this process whose loss is not finite; of an objective, all samples of its micro-batch."""
         found: list[str] = []
@@ -60,4 +69,5 @@ def _plain(term: LossTerm) -> LossTerm:
     def value(number: Tensor | float) -> Tensor | float:
         return number.detach() if isinstance(number, Tensor) else number
 
-    return LossTerm(term.total.detach(), {name: (value(total), count) for name, (total, count) in term.metrics.items()})
+    metrics = {name: (value(total), count) for name, (total, count) in term.metrics.items()}
+    return LossTerm(term.total.detach(), metrics, {name: sums.detach() for name, sums in term.statistics.items()})

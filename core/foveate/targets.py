@@ -58,8 +58,7 @@ class TeacherRoom:
     def encode(self, name: str, inputs: TeacherInputs) -> list[dict[str, Tensor]]:
         """One record an image, on the device, in full precision where floating. Raises `PluginError`."""
         objective, teacher = self.objectives[name], self.of(name)
-        prepared = [{key: self._own(value) for key, value in views.items()} for views in inputs.prepared]
-        inputs = inputs.with_prepared(prepared)
+        inputs = self._cast(inputs, self.dtype)
         half = self.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.device.type, dtype=self.dtype if half else torch.bfloat16, enabled=half):
             records = called(objective, name, "encode_target", teacher, inputs)
@@ -67,8 +66,12 @@ class TeacherRoom:
             raise PluginError(f"objective '{name}': {len(records)} target records for {len(inputs.records)} images")
         return [{key: self._full(value) for key, value in record.items()} for record in records]
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+    @staticmethod
+    def _cast(inputs: TeacherInputs, dtype: torch.dtype) -> TeacherInputs:
+        def own(value: Tensor) -> Tensor:
+            return value.to(dtype) if value.is_floating_point() else value
+
+        return inputs.with_prepared([{key: own(value) for key, value in views.items()} for views in inputs.prepared])
 
     def _full(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.full) if tensor.is_floating_point() else tensor
@@ -78,9 +81,10 @@ class TeacherRoom:
         teacher, objective = self.of(name), self.objectives[name]
         if teacher is None or not objective.needs_fit(objective.options):
             return None
-        teacher.requires_grad_(True)
-        told: Mapping[str, float] | None = called(self.objectives[name], name, "fit_teacher", teacher, batches())
-        teacher.eval().requires_grad_(False)
+        teacher.to(self.full).requires_grad_(True)  # statistics and gradients in full precision
+        inputs = (self._cast(batch, self.full) for batch in batches())
+        told: Mapping[str, float] = called(objective, name, "fit_teacher", teacher, inputs)
+        teacher.eval().requires_grad_(False).to(self.dtype)
         return told
 
 

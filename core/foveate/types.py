@@ -112,6 +112,12 @@ class ImageRecord:
         """Visual tokens that have a state: all, but the first where the image opens its sample and `shift` is 1."""
         return self.tokens - bool(self.tokens and shift and self.opens)
 
+    def valid(self) -> Tensor:
+        """`[h*w]` bool on the CPU: visual tokens whose centre does not lie in padding, known once it is opened."""
+        (rows, columns), (left, top, right, bottom) = self.grid, self.content
+        y, x = (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns
+        return ((top <= y) & (y <= bottom))[:, None].logical_and((left <= x) & (x <= right)).flatten()
+
 
 @dataclass
 class Sample:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
 
 from foveate.errors import FoveateError, PluginError, TrainingError
-from foveate.objective import LossTerm, VisionObjective
+from foveate.objective import LossTerm, ObjectiveOptions, VisionObjective
 from foveate.progress import Display
+from foveate.recipe_fields import TeacherChoice
 from foveate.recipe_file import load_recipe
 from foveate.run import Run
 from foveate.session import Interrupted
@@ -259,7 +261,7 @@ def test_after_step_and_validation(tmp_path: Path, shared_corpus: Path) -> None:
     steps: list[int] = []
 
     class Counting(Noisy):
-        def after_step(self, step: int) -> None:
+        def after_step(self, step: int, statistics: Any) -> None:
             steps.append(step)
 
     source = recipe_dict(shared_corpus)["stages"][0]["data"][0]
@@ -273,3 +275,54 @@ def test_after_step_and_validation(tmp_path: Path, shared_corpus: Path) -> None:
 
 def test_the_base_class_promises_what_it_says() -> None:
     assert VisionObjective.role == "input" and not VisionObjective.batch_dependent
+
+
+def test_statistics_reach_after_step_and_what_init_froze_stays(tmp_path: Path, shared_corpus: Path) -> None:
+    """Sums over the step's micro-batches, whatever the token budget; a frozen average moves by after_step alone."""
+
+    class Centred(Noisy):
+        def __init__(self, options: Any, context: Any):
+            super().__init__(options, context)
+            self.slow = torch.nn.Parameter(self.head.weight.detach().clone(), requires_grad=False)
+            self.register_buffer("centre", torch.zeros(context.llm_width))
+
+        def loss(self, outputs: Any, targets: Any, state: Any) -> LossTerm:
+            term = super().loss(outputs, targets, state)
+            rows = outputs.states().detach()
+            return LossTerm(term.total, term.metrics, {"sum": rows.sum(0), "rows": torch.tensor(float(len(rows)))})
+
+        def after_step(self, step: int, statistics: Any) -> None:
+            self.centre.copy_(statistics["sum"] / statistics["rows"])
+            self.slow.lerp_(self.head.weight, 0.5)
+
+    results = [
+        run(
+            tmp_path / str(budget), shared_corpus, {"x": {"type": "centred"}}, types={"centred": Centred}, max_steps=3,
+            precision="fp64", hardware={"workers": 0, "tokens_per_microbatch": budget},
+        )
+        for budget in (100_000, 1)
+    ]  # fmt: skip
+    same(results[0], results[1])
+    assert results[0][1]["x:centre"].abs().sum() > 0
+    assert not torch.equal(results[0][1]["x:slow"], results[0][1]["x:head.weight"])
+
+
+def test_an_objective_that_changes_its_targets_shares_no_teacher(tmp_path: Path, shared_corpus: Path) -> None:
+    class Base(VisionObjective):
+        class Options(ObjectiveOptions):
+            teacher: TeacherChoice = Field({"type": "patches", "patch_px": 2}, description="What is regressed.")
+
+        def __init__(self, options: Any, context: Any):
+            super().__init__(options, context)
+            self.head = torch.nn.Linear(context.llm_width, self.teacher_spec.width)
+
+        def loss(self, outputs: Any, targets: Any, state: Any) -> LossTerm:
+            return LossTerm((self.head(outputs.states()) - targets.rows()).square().sum())
+
+    class Brighter(Base):
+        def encode_target(self, teacher: Any, inputs: Any) -> Any:
+            return [{key: value + 100 for key, value in record.items()} for record in teacher.encode(inputs)]
+
+    types = {"base": Base, "brighter": Brighter}
+    line = run(tmp_path / "a", shared_corpus, {"base": {}, "brighter": {}}, types=types, max_steps=1)[0][0]
+    assert line["loss/brighter"] > 100 * line["loss/base"]

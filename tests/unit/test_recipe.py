@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from tests.unit.recipe_parts import TinyData, TinyEncoder, tiny_plugins
 
 from foveate.explain import each, said
 from foveate.recipe import (
@@ -23,6 +22,7 @@ from foveate.recipe import (
 )
 from foveate.registry import Component, Registry
 from foveate.yaml_tree import Block
+from tests.unit.recipe_parts import TinyData, TinyEncoder, tiny_plugins
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.unit.recipe_parts import RECIPE, tiny_plugins
 
 from foveate.errors import RecipeError
 from foveate.recipe import Recipe
 from foveate.recipe_file import load_recipe
+from tests.unit.recipe_parts import RECIPE, tiny_plugins
 
 Read = Callable[..., Recipe]
 Problems = Callable[..., list[str]]

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
-from tests.unit.recipe_parts import Accuracy, TinyEncoder, TinyProjector, tiny_plugins
 
 from foveate.options import Options
 from foveate.plugins import Plugins
 from foveate.registry import Component, Registry, load_registry, packaged_registry, resolve
+from tests.unit.recipe_parts import Accuracy, TinyEncoder, TinyProjector, tiny_plugins
 
 CATALOGUE = """\
 encoders:

@@ -103,13 +103,12 @@ def construction(kit: Kit) -> str:
     if frozen and not averaged:
         raise Failed(
             f"{len(frozen)} parameters with requires_grad=False: {', '.join(frozen[:4])}",
-            "The recipe's `train` decides what is trained and sets requires_grad on all of a part, so these would be "
-            "trained after all, and saved as part of the head.",
+            "Nothing ever changes them: core leaves what __init__ froze frozen, and saves it as part of the head.",
             "Make a fixed table a buffer (register_buffer); return a frozen model from build_teacher.",
         )
     count = sum(parameter.numel() for parameter in first.parameters())
     told = f"{count:,} parameters, {sum(1 for _ in first.buffers())} buffers; built on meta; the same for the same seed"
-    note = f"; {len(frozen)} frozen ones, moved after steps: recipes must train the other sub-parts by name"
+    note = f"; {len(frozen)} frozen ones, moved after steps"
     return told + (note if frozen else "")
 
 

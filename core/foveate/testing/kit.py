@@ -105,7 +105,8 @@ class Kit:
                 self.largest[name] = max(size if math.isfinite(size) else math.inf, self.largest.get(name, 0.0))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            called(bench.objective, self.name, "after_step", self.steps)
+            with torch.no_grad():
+                called(bench.objective, self.name, "after_step", self.steps, term.statistics)
             self.steps += 1
         return bench
 

@@ -175,7 +175,7 @@ class Averaged(Base):
         return (self.head(outputs.states()) - wanted).square().sum(-1)
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, statistics: Any) -> None:
         for old, new in zip(self.average.parameters(), self.head.parameters(), strict=True):
             old.lerp_(new, 0.1)
 

@@ -283,7 +283,7 @@ class Forgets(Base):
     def errors(self, outputs: Outputs) -> Tensor:
         return super().errors(outputs) * self.scale
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, statistics: Any) -> None:
         self.scale += 1
 
 

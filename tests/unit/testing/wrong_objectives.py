@@ -142,7 +142,7 @@ class RemembersCorrected(Base):
         return LossTerm(self.head(outputs.states() - self.centre).square().sum())
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, statistics: Any) -> None:
         self.centre.mul_(0.9).add_(self.head.weight.sum(0), alpha=0.1)  # type: ignore[operator, union-attr]
 
 
