@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import foveate.cli
+import foveate.export
 from foveate.data.tokenizer import train_tokenizer
 from foveate.errors import ModelError, RunError
 from foveate.export import _errors_of_the_disk, export_model, not_stock
@@ -27,7 +31,7 @@ from foveate.progress import Display
 from foveate.recipe_file import load_recipe
 from foveate.training import train
 from tests.corpus import recipe_dict, write_recipe
-from tests.exports import MLP, TIMM, encoder, llm, our_rules, random_model
+from tests.exports import MLP, TIMM, encoder, llm, our_rules, pictures, random_model
 from tests.objectives import Noisy, plugins_with
 
 
@@ -87,6 +91,18 @@ def test_the_folder_is_whole_and_starts_a_recipe(model: Path, exported: Path) ->
     assert ends == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
+def test_the_page_about_exports_runs(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.S | re.M)
+    monkeypatch.chdir(tmp_path)
+    export_model(model, "my-llava-hf")
+    Image.open(pictures(tmp_path)[0]).save("scene.png")
+    names: dict[str, Any] = {}
+    exec(compile(code, "export.md", "exec"), names)
+    assert names["prompt"].count("<image>\nWhich digit is north?") == 1
+    assert isinstance(names["answer"], str) and names["tokens"].shape[1] > names["inputs"]["input_ids"].shape[1]
+
+
 def test_older_readers_find_what_they_look_for(shared_corpus: Path, tmp_path: Path) -> None:
     """transformers 4, and programs that read the files themselves: names that transformers 5 has changed."""
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
@@ -126,6 +142,15 @@ def test_half_precision(model: Path, tmp_path: Path, dtype: str) -> None:
     assert llava.dtype is wanted
     whole = load_lmm(model)[0].llm.state_dict()["model.lm_head.weight"]
     assert torch.equal(llava.lm_head.weight, whole.to(wanted))
+
+
+def test_large_models_are_written_in_shards(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = functools.partial(foveate.export.save_torch_state_dict, max_shard_size="50KB")
+    monkeypatch.setattr(foveate.export, "save_torch_state_dict", small)
+    done = export_model(model, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 2 and done.gap is not None
+    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == set(index.values())
 
 
 def test_what_is_no_stock_llava_is_told(shuffled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
