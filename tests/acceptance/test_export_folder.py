@@ -80,6 +80,7 @@ def test_the_folder_is_whole_and_starts_a_recipe(model: Path, exported: Path) ->
     expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     expected |= {"processor_config.json", "preprocessor_config.json", "chat_template.jinja"}
     assert {path.name for path in exported.iterdir()} == expected
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1, "who may read one file may read them all"
     ours, back = load_lmm(model)[0].state_dict(), load_lmm(exported)[0].state_dict()
     assert ours.keys() == back.keys() and all(torch.equal(ours[name], back[name]) for name in ours)
     config = json.loads((exported / "config.json").read_text())

@@ -70,29 +70,34 @@ def export_model(
     for tensor in lmm.state_dict().values():
         if tensor.is_floating_point():
             tensor.copy_(tensor.to(DTYPES[dtype]))  # what is written is what is checked
-    config = make_config(lmm, rules.image_token_id, rules.visual_grid, own_code)
-    tokenizer = load_tokenizer(folder).tokenizer
-    processor = make_processor(rules, tokenizer, "full" if own_code else config.vision_feature_select_strategy)
-    generation = make_generation_config(rules, tokenizer)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config.text_config, name, getattr(tokenizer, name))
-    config.dtype, config.architectures = DTYPES[dtype], [model_class(own_code).__name__]
+    heads = sorted(head.name for head in (folder / "objectives").glob("*"))
     with atomic_folder(out) as aside, _errors_of_the_disk():
-        _write_weights(name_weights(lmm, config, own_code), DTYPES[dtype], aside)
-        config.save_pretrained(aside)
-        generation.save_pretrained(aside)
-        processor.save_pretrained(aside)
-        _help_older_readers(aside, processor)
-        if own_code:
-            code = files("foveate.export") / f"{MODELLING}.py"
-            (aside / f"{MODELLING}.py").write_text(code.read_text(encoding="utf-8"), encoding="utf-8")
+        _write(lmm, rules, load_tokenizer(folder).tokenizer, own_code, DTYPES[dtype], aside)
         gap = None
         if check:
             expected = expected_logits(lmm, rules)
             del lmm  # two copies of a large model may not fit
             gap = check_export(aside, model_class(own_code), expected)
-    heads = sorted(head.name for head in (folder / "objectives").glob("*"))
     return Exported(out, own_code, parameters, dtype, heads, gap)
+
+
+def _write(lmm: LMM, rules: SampleRules, tokenizer: Any, own_code: bool, dtype: torch.dtype, folder: Path) -> None:
+    """Everything into `folder`. `tokenizer` is changed."""
+    config = make_config(lmm, rules.image_token_id, rules.visual_grid, own_code)
+    processor = make_processor(rules, tokenizer, "full" if own_code else config.vision_feature_select_strategy)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config.text_config, name, getattr(tokenizer, name))
+    config.dtype, config.architectures = dtype, [model_class(own_code).__name__]
+    _write_weights(name_weights(lmm, config, own_code), dtype, folder)
+    config.save_pretrained(folder)
+    make_generation_config(rules, tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    _help_older_readers(folder, processor)
+    if own_code:
+        code = files("foveate.export") / f"{MODELLING}.py"
+        (folder / f"{MODELLING}.py").write_text(code.read_text(encoding="utf-8"), encoding="utf-8")
+    for file in folder.iterdir():
+        file.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read what it writes
 
 
 def _model_folder(source: Path) -> Path:
