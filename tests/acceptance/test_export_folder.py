@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 import foveate.cli
 import foveate.export
+from foveate.data.templates import SHIPPED
 from foveate.data.tokenizer import train_tokenizer
 from foveate.errors import ModelError, RunError
 from foveate.export import _errors_of_the_disk, export_model, not_stock
@@ -31,7 +32,7 @@ from foveate.progress import Display
 from foveate.recipe_file import load_recipe
 from foveate.training import train
 from tests.corpus import recipe_dict, write_recipe
-from tests.exports import MLP, TIMM, encoder, llm, our_rules, pictures, random_model
+from tests.exports import MLP, TIMM, encoder, llama_tokenizer, llm, our_rules, pictures, random_model
 from tests.objectives import Noisy, plugins_with
 
 
@@ -90,6 +91,18 @@ def test_the_folder_is_whole_and_starts_a_recipe(model: Path, exported: Path) ->
     assert config["image_token_index"] == tokenizer.convert_tokens_to_ids("<image>")
     ends = json.loads((exported / "generation_config.json").read_text())["eos_token_id"]
     assert ends == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+@pytest.mark.parametrize("template", [name for name in SHIPPED if name != "llama3"])
+def test_every_template_and_many_visual_tokens(shared_corpus: Path, tmp_path: Path, template: str) -> None:
+    """The check reads a conversation both ways; here an image is 2,500 tokens, more than samples have by default."""
+    tokenizer = llama_tokenizer(tmp_path / "tokenizer")
+    large = encoder("clip") | {"config": {**encoder("clip")["config"], "image_size": 200}}
+    parts = {"encoder": large, "projector": MLP, "llm": llm("llama", tokenizer=tokenizer, max_position_embeddings=4096)}
+    folder = random_model(tmp_path, shared_corpus, parts, template=template)
+    done = export_model(folder, tmp_path / "out")
+    assert done.gap is not None and done.gap < 1e-4
+    assert json.loads((done.folder / "config.json").read_text())["image_seq_length"] == 2500
 
 
 def test_the_page_about_exports_runs(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ def _rules(folder: Path, plan: Blueprint) -> SampleRules:
         encoder=plan.encoder_spec(),
         visual_grid=plan.visual_grid(),
         geometry=card["geometry"],
+        max_length=sys.maxsize,
     )
 
 
