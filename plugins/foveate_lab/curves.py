@@ -36,7 +36,8 @@ def drawing(
     up = Axis(values[np.isfinite(values)], _BOTTOM, _TOP, linear)
     across = Axis(np.array([1.0, max(2, last)]), _LEFT, _RIGHT, linear=True)
     parts = [_text(_LEFT - 6, y + 3.5, label, "end") + _line(_LEFT, y, _RIGHT, y, 0.15) for y, label in up.ticks()]
-    parts += [_text(x, _BOTTOM + 15, label, "middle") for x, label in across.ticks(whole=True)]
+    across_ticks = across.ticks(whole=True)
+    parts += [_text(x, _BOTTOM + 15, label, "end" if x > _RIGHT - 12 else "middle") for x, label in across_ticks]
     parts.append(_line(_LEFT, _BOTTOM, _RIGHT, _BOTTOM, 0.6))
     parts += _borders(stages, last, across)
     for _, pieces, colour in curves:
