@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        yield aside
+        probe = aside / "mode"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+        with disk_errors():
+            yield aside
         for folder, _, files in os.walk(aside):
+            for name in files:
+                Path(folder, name).chmod(mode)  # safetensors lets nobody else read what it writes
             for name in (*files, ""):
                 _flush(Path(folder, name))
         if path.exists():
@@ -38,6 +46,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             old.rename(path)
         for rest in (aside, old):
             shutil.rmtree(rest, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """safetensors and tokenizers, written in Rust, tell a full disk by exceptions of their own: an `OSError` here."""
+    try:
+        yield
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        if told and not isinstance(error, OSError):
+            raise OSError(int(told[1]), os.strerror(int(told[1]))) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,7 +19,8 @@ from foveate.data.steps import StageData
 from foveate.data_room import DataRoom
 from foveate.errors import ModelError, RecipeError
 from foveate.explain import did_you_mean
-from foveate.model.build import Blueprint, build_lmm
+from foveate.export.layout import not_stock
+from foveate.model.build import build_lmm
 from foveate.optim import part_parameters
 from foveate.progress import Display
 from foveate.recipe import PARTS, Precision, Recipe, Stage
@@ -78,7 +79,7 @@ def make_plan(recipe: Recipe, room: DataRoom) -> Plan:
     select nothing, parts that do not fit together, a template without a generation mask.
     """
     check_trackers(recipe.trackers)
-    warnings = [f"no stock Llava, so an export brings its own modelling file: {why}" for why in not_stock(room.plan)]
+    warnings = list[str]()
     try:
         vocabulary: int | None = len(room.tokenizer)
     except ModelError as error:
@@ -87,6 +88,7 @@ def make_plan(recipe: Recipe, room: DataRoom) -> Plan:
     with torch.device("meta"):
         lmm = build_lmm(room.plan, vocabulary, load_weights=False)
         objectives = build_objectives(recipe, room.plan, lmm)
+    warnings += [f"no stock Llava, so an export brings code of its own (--own-code): {why}" for why in not_stock(lmm)]
     check_objectives(recipe, objectives, len(lmm.encoder.blocks()), len(lmm.llm.blocks()))
     modules: dict[str, nn.Module] = {**{part: getattr(lmm, part) for part in PARTS}, **objectives}
     warnings += [
@@ -161,16 +163,6 @@ def _tokens_of_a_sample(mixture: Mixture, rules: SampleRules, where: str, read: 
     if silent and not read:
         warnings.append(f"{where}{silent} {seen} have no text, and no objective learns from their pictures")
     return sum(lengths) / max(1, len(lengths))
-
-
-def not_stock(model: Blueprint) -> list[str]:
-    """Why a model cannot become a stock `LlavaForConditionalGeneration`; empty when it can."""
-    encoder, projector = model.parts["encoder"].type, model.parts["projector"]
-    options = projector.options.model_dump()
-    reasons = [f"its encoder is of type {encoder}"] if encoder != "hf" else []
-    if (projector.type, options.get("depth")) != ("mlp", 2):
-        reasons.append(f"its projector is {projector.type}, not mlp of depth 2")
-    return [*reasons, "its visual tokens are normalized"] if options.get("normalize") else reasons
 
 
 def check_trackers(names: Sequence[str]) -> None:

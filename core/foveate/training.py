@@ -55,6 +55,7 @@ def save_model(session: Session) -> None:
             "image_token_id": session.data.rules(last).image_token_id,
             "geometry": last.geometry,
             "template": last.template,
+            "system": last.system,
             "visual_grid": list(session.plan.visual_grid()),
         }
         with atomic_folder(session.run.folder / MODEL) as folder:

@@ -23,9 +23,10 @@ import foveate.export
 from foveate.data.templates import SHIPPED
 from foveate.data.tokenizer import train_tokenizer
 from foveate.errors import ModelError, RunError
-from foveate.export import _errors_of_the_disk, export_model, not_stock
+from foveate.export import export_model, not_stock
 from foveate.export.layout import not_exportable
 from foveate.export.verify import check_export, expected_logits
+from foveate.files import disk_errors
 from foveate.model.build import load_lmm
 from foveate.model.projector import MLPOptions, MLPProjector
 from foveate.progress import Display
@@ -264,7 +265,7 @@ def test_a_full_disk_leaves_nothing(model: Path, tmp_path: Path) -> None:
         export_model(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     if os.path.exists("/dev/full"):
-        with pytest.raises(OSError, match="No space left"), _errors_of_the_disk():
+        with pytest.raises(OSError, match="No space left"), disk_errors():
             train_tokenizer([], 300).backend_tokenizer.save("/dev/full")
 
 

@@ -6,11 +6,8 @@ Stock where the model is a stock Llava; else, on request, with a modelling file 
 from __future__ import annotations
 
 import json
-import os
-import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -72,7 +69,7 @@ def export_model(
         if tensor.is_floating_point():
             tensor.copy_(tensor.to(DTYPES[dtype]))  # what is written is what is checked
     heads = sorted(head.name for head in (folder / "objectives").glob("*"))
-    with atomic_folder(out) as aside, _errors_of_the_disk():
+    with atomic_folder(out) as aside:
         _write(lmm, rules, load_tokenizer(folder).tokenizer, own_code, DTYPES[dtype], aside)
         gap = None
         if check:
@@ -97,8 +94,6 @@ def _write(lmm: LMM, rules: SampleRules, tokenizer: Any, own_code: bool, dtype: 
     if own_code:
         code = files("foveate.export") / f"{MODELLING}.py"
         (folder / f"{MODELLING}.py").write_text(code.read_text(encoding="utf-8"), encoding="utf-8")
-    for file in folder.iterdir():
-        file.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read what it writes
 
 
 def _model_folder(source: Path) -> Path:
@@ -185,15 +180,3 @@ def _old_tokenizer(config: dict[str, Any]) -> None:
     config |= {"add_bos_token": False, "add_eos_token": False, "model_input_names": ["input_ids", "attention_mask"]}
     if config["tokenizer_class"] == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-
-
-@contextmanager
-def _errors_of_the_disk() -> Iterator[None]:
-    """safetensors and tokenizers, written in Rust, tell a full disk by exceptions of their own."""
-    try:
-        yield
-    except Exception as error:
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        if told and not isinstance(error, OSError):
-            raise OSError(int(told[1]), os.strerror(int(told[1]))) from error
-        raise
