@@ -40,7 +40,7 @@ class Run:
 
         Resuming what has not begun is fine: a job that restarts itself begins with the same command.
         """
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        if not folder.exists() or (folder.is_dir() and all(_unbegun(path) for path in folder.iterdir())):
             return
         if not (folder / RECIPE).is_file():
             raise RunError(f"{folder} exists and is not a run. Give the run another `output` or `name`.")
@@ -122,6 +122,11 @@ class Run:
                 f"{self.folder} cannot be resumed: the {what} is not the one that it began with ({shown}; "
                 f"{len(changed)} in all). Restore it, or start a new run."
             )
+
+
+def _unbegun(path: Path) -> bool:
+    """What a run that was killed before its recipe was written has left."""
+    return path.name in (MANIFEST, f".{MANIFEST}.tmp", f".{RECIPE}.tmp")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

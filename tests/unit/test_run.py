@@ -114,3 +114,13 @@ def test_a_resumed_run_goes_on_from_a_clean_metrics_file(folder: Path, stage: st
     assert [(line["stage"], line["step"]) for line in run.metrics()] == written[:kept]
     run.log({"stage": stage, "step": step + 1})
     assert len(run.metrics()) == kept + 1
+
+
+def test_a_run_that_was_killed_before_it_began_is_no_obstacle(tmp_path: Path) -> None:
+    """The recipe is written last: a manifest alone, or what was being written, is nothing to lose."""
+    for name in ("manifest.json", ".manifest.json.tmp", ".recipe.yaml.tmp"):
+        (tmp_path / name).write_text("{")
+    Run.check(tmp_path, resume=False)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunError, match="is not a run"):
+        Run.check(tmp_path, resume=True)
