@@ -119,7 +119,8 @@ def train(
         display.say(f"model: {folder / 'model'}; start another recipe from it with `model: {{from: {folder}}}`")
         if (folder / "report.html").is_file():
             display.say(f"report: {folder / 'report.html'}")
-        display.say(f"try next: foveate train {recipe} --set name={loaded.name}-2 --set seed={loaded.seed + 1}")
+        other = f"output={folder}-2" if folder.name != loaded.name else f"name={loaded.name}-2"
+        display.say(f"try next: foveate train {recipe} --set {other} --set seed={loaded.seed + 1}")
 
 
 @app.command()

@@ -102,8 +102,9 @@ class Reads:
 class LossTerm:
     """A part of the loss on one micro-batch: its **sum** over units, and named metrics as (sum, count).
 
-    `statistics`: named sums of any fixed shape, added up over the step's micro-batches and processes and handed to
-    `after_step`: a centre, the use of codes. Names must not depend on the batch: all processes report the same.
+    Metrics need no gradient. `statistics`: named sums of any fixed shape, added up over the step's micro-batches and
+    processes and handed to `after_step`: a centre, the use of codes. Neither kind of names may depend on the batch: all
+    processes report the same.
     """
 
     total: Tensor
@@ -148,7 +149,11 @@ class ImageRows:
 
 
 class Rows:
-    """The images of a micro-batch that an objective applies to, their rows, and a random stream for each image."""
+    """The images of a micro-batch that an objective applies to, their rows, and a random stream for each image.
+
+    `images` is never empty. For a loss of whole images, over pairs of rows for instance, `split` what you need: one
+    term an image, and `count` 1.
+    """
 
     def __init__(self, images: Sequence[ImageRows], objective: str, moment: Moment, like: Tensor):
         self.images = tuple(images)

@@ -47,7 +47,7 @@ class Run:
         if not resume:
             raise RunError(
                 f"{folder} holds a run already. Go on with it (--resume), give the new one another folder "
-                f"(--set name=…), or delete it (rm -r {folder})."
+                f"(--set output=…, or another name), or delete it (rm -r {folder})."
             )
 
     @classmethod

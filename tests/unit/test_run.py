@@ -44,7 +44,7 @@ def test_an_existing_run_names_the_three_ways_out(folder: Path) -> None:
     before = (run.folder / "manifest.json").read_bytes()
     with pytest.raises(RunError) as caught:
         start(folder)
-    assert all(way in str(caught.value) for way in ("--resume", "--set name=", f"rm -r {run.folder}"))
+    assert all(way in str(caught.value) for way in ("--resume", "--set output=", f"rm -r {run.folder}"))
     assert (run.folder / "manifest.json").read_bytes() == before
 
 
