@@ -51,14 +51,14 @@ class ForwardPass:
         self._shown = [number for number, image in enumerate(batch.images) if image.role == "input"]
         self._layers = self._encoder_layers()
         self._hidden: dict[int, Tensor] | None = None
-        self._run(objectives, rules)
+        self._run(objectives)
 
     def _encoder_layers(self) -> set[int]:
         wanted = {layer for reads in self.reads.values() for layer in (*reads.encoder, *reads.teacher)}
         depth = len(self.lmm.encoder.blocks()) if wanted else 0
         return {layer_index(layer, depth) for layer in wanted}
 
-    def _run(self, objectives: Mapping[str, VisionObjective], rules: Mapping[str, ObjectiveRule]) -> None:
+    def _run(self, objectives: Mapping[str, VisionObjective]) -> None:
         batch, lmm, device = self.batch, self.lmm, self.batch.input_ids.device
         embeds_TD = None
         self.vision, self.edited_V = None, torch.zeros(batch.visual_positions.numel(), dtype=torch.bool, device=device)
@@ -75,7 +75,7 @@ class ForwardPass:
         blocks = lmm.llm.blocks()
         wanted = {layer_index(layer, len(blocks)) for reads in self.reads.values() for layer in reads.llm}
         with tapped(blocks, wanted) as found:
-            self.states = lmm.llm(embeds_TD, batch.position_ids, self._segments(rules))
+            self.states = lmm.llm(embeds_TD, batch.position_ids, self._segments())
         self.layers = {layer: states.reshape(self.states.shape) for layer, states in found.items()}
         self.layers[END] = self.states
 
@@ -124,10 +124,10 @@ class ForwardPass:
             )
         return learned
 
-    def _segments(self, rules: Mapping[str, ObjectiveRule]) -> Segments:
+    def _segments(self) -> Segments:
         """The samples' borders, and what the active objectives wish of the attention inside them."""
         batch, device = self.batch, self.batch.input_ids.device
-        wishes = {name: rules[name].call("attention") for name in self.objectives}
+        wishes = {name: self.rules[name].call("attention") for name in self.objectives}
         asked = {name: wish for name, wish in wishes.items() if wish != "causal"}
         if not asked:
             return Segments.of(batch.lengths, device)

@@ -169,8 +169,8 @@ class Session:
     @property
     def objectives(self) -> dict[str, VisionObjective]:
         """The recipe's objectives by name."""
-        parts: Any = dict(self.learner.objectives.items())
-        return dict(parts)
+        parts: Any = self.learner.objectives
+        return dict(parts.items())
 
     @property
     def teachers(self) -> TeacherRoom:

@@ -83,7 +83,9 @@ class TeacherRoom:
             return None
         teacher.to(self.full).requires_grad_(True)  # statistics and gradients in full precision
         inputs = (self._cast(batch, self.full) for batch in batches())
-        told: Mapping[str, float] = called(objective, name, "fit_teacher", teacher, inputs)
+        with torch.random.fork_rng():  # a resumed run, which does not fit again, draws what this one draws
+            torch.manual_seed(objective.context.seed)
+            told: Mapping[str, float] = called(objective, name, "fit_teacher", teacher, inputs)
         teacher.eval().requires_grad_(False).to(self.dtype)
         return told
 

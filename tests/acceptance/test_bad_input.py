@@ -22,19 +22,11 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+def command(foveate_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs the command in this process, in an empty folder; returns exit status, stdout, stderr."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as leaving:
-            foveate.cli.main([str(word) for word in words])
-        captured = capsys.readouterr()
-        assert isinstance(leaving.value.code, int)
-        return leaving.value.code, captured.out, captured.err
-
-    return run
+    return foveate_command
 
 
 @pytest.fixture

@@ -21,21 +21,6 @@ from tests.corpus import ENCODER, LLM, recipe_dict, write_corpus, write_recipe
 Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def foveate_command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process; returns exit status, stdout, stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as leaving:
-            foveate.cli.main([str(word) for word in words])
-        captured = capsys.readouterr()
-        code = leaving.value.code
-        assert isinstance(code, int)
-        return code, captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"), samples=24)

@@ -14,16 +14,21 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
 
+from foveate.data_room import DataRoom
 from foveate.errors import FoveateError, PluginError, TrainingError
-from foveate.objective import LossTerm, ObjectiveOptions, VisionObjective
+from foveate.model.build import blueprint
+from foveate.objective import LossTerm, ObjectiveContext, ObjectiveOptions, TeacherInputs, VisionObjective
+from foveate.plan import make_plan
 from foveate.progress import Display
 from foveate.recipe_fields import TeacherChoice
 from foveate.recipe_file import load_recipe
 from foveate.run import Run
 from foveate.session import Interrupted
+from foveate.targets import TeacherRoom
 from foveate.training import train
+from foveate.types import EncoderSpec
 from tests.corpus import recipe_dict, write_recipe
-from tests.objectives import ALL, Noisy, plugins_with
+from tests.objectives import ALL, Noisy, Queries, plugins_with
 
 OBJECTIVES: dict[str, Any] = {
     "noisy": {"shift": 1, "weight": 0.5},
@@ -273,8 +278,36 @@ def test_after_step_and_validation(tmp_path: Path, shared_corpus: Path) -> None:
     assert {"valid/loss/text", "valid/loss/x", "valid/loss/masked"} <= lines[-1].keys()
 
 
-def test_the_base_class_promises_what_it_says() -> None:
+def test_a_batch_dependent_objective_is_told_in_the_plan(tmp_path: Path, shared_corpus: Path) -> None:
+    class Contrastive(Noisy):
+        batch_dependent = True
+
     assert VisionObjective.role == "input" and not VisionObjective.batch_dependent
+    for name, cls in (("noisy", Noisy), ("contrastive", Contrastive)):
+        content = recipe_dict(shared_corpus, objectives={"x": {"type": name}})
+        content["stages"][0]["train"] = {**TRAIN, "x": 1e-3}
+        recipe = load_recipe(write_recipe(tmp_path, content), plugins=plugins_with({name: cls}))
+        warnings = make_plan(recipe, DataRoom(recipe, blueprint(recipe.model))).warnings
+        assert any("objective x compares images of a micro-batch" in text for text in warnings) == (cls is Contrastive)
+
+
+def test_a_fit_draws_from_no_global_generator() -> None:
+    """A resumed run does not fit again, and must go on with the same draws."""
+    seen: list[Tensor] = []
+
+    class Drawing(Queries):
+        def fit_teacher(self, teacher: Any, batches: Any) -> Any:
+            seen.append(torch.randn(5))
+            return super().fit_teacher(teacher, batches)
+
+    spec = EncoderSpec(8, (2, 2), 4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        room = TeacherRoom({"q": Drawing(Drawing.Options(fit=True), ObjectiveContext("q", 8, 2, (2, 2), spec))})
+        before = torch.get_rng_state()
+        assert room.fit("q", lambda: [TeacherInputs([], [{"small": torch.full((4,), 0.5)}])] * 3)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(seen[0], seen[1])
 
 
 def test_statistics_reach_after_step_and_what_init_froze_stays(tmp_path: Path, shared_corpus: Path) -> None:

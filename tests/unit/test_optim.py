@@ -1,5 +1,6 @@
 """Which parameters are trained, how they are stepped, and what a step may not do silently."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -219,9 +220,20 @@ def test_movement_of_a_healthy_stage_passes() -> None:
     chosen = part_parameters(parts, rules(llm={"lr": 1e-4}))
     optimizer = make_optimizer(chosen, 0.0, (0.9, 0.999))
     check = MovementCheck(parts, chosen)
+    before = parts["projector"][0].weight.detach().clone()
     parts["llm"](IDS).logsumexp(-1).sum().backward()
     optimizer.step()
     check.verify("align, step 1")
+    assert torch.equal(parts["projector"][0].weight, before)
+    with pytest.raises(TrainingError, match="is frozen, but its values have changed"):
+        _as_if_frozen(check).verify("align, step 1")
+
+
+def _as_if_frozen(check: MovementCheck) -> MovementCheck:
+    """The same memory of values, of a stage that trains nothing: whatever is seen to have moved is an error."""
+    other = copy.copy(check)
+    other._parts = []
+    return other
 
 
 def test_a_trained_part_that_does_not_move_is_an_error() -> None:
@@ -257,6 +269,8 @@ def test_a_large_embedding_of_which_few_rows_are_used_is_seen_to_move() -> None:
     table(torch.randint(50_000, (100,))).square().sum().backward()
     optimizer.step()
     check.verify("align, step 1")
+    with pytest.raises(TrainingError, match="is frozen, but its values have changed"):
+        _as_if_frozen(check).verify("align, step 1")
 
 
 def test_bf16_weights_that_a_small_rate_cannot_move_are_caught() -> None:

@@ -102,35 +102,21 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process; returns exit status, stdout, stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as leaving:
-            foveate.cli.main([str(word) for word in words])
-        captured = capsys.readouterr()
-        assert isinstance(leaving.value.code, int)
-        return leaving.value.code, captured.out, captured.err
-
-    return run
-
-
-def told(command: Command, *words: object) -> Any:
+def told(foveate_command: Command, *words: object) -> Any:
     """What a command says as JSON."""
-    status, out, err = command(*words, "--json")
+    status, out, err = foveate_command(*words, "--json")
     assert status == 0, err
     return json.loads(out)
 
 
 def test_the_list_shows_owners_versions_kinds_states_and_what_is_known(
-    command: Command, site: Path, monkeypatch: pytest.MonkeyPatch
+    foveate_command: Command, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(site, "foveate-shut", {"shut_plugin.py": registering(shut="dict")})
     source = HOOKS + "@foveate.hookimpl\ndef step_finished(run): 0\n"
     install(site, "foveate-watch", {"watch_plugin.py": source})
     monkeypatch.setenv(BLOCK, "shut,absent")
-    listed = told(command, "plugins")
+    listed = told(foveate_command, "plugins")
     plugins = {plugin["owner"]: plugin for plugin in listed["plugins"]}
     assert {owner: plugin["state"] for owner, plugin in plugins.items()} == {
         "foveate (core)": "ok",
@@ -150,7 +136,7 @@ def test_the_list_shows_owners_versions_kinds_states_and_what_is_known(
     assert (known["name"], known["kind"]) == ("sober", "objectives")
     assert (known["distribution"], known["install"]) == ("foveate-sober", "pip install foveate-sober")
 
-    status, out, _ = command("plugins")
+    status, out, _ = foveate_command("plugins")
     assert status == 0 and "Traceback" not in out
     for words in ("foveate-rich (rich)", "1.2.3", "objectives: rich, simple", "hooks: step_finished"):
         assert words in out
@@ -178,8 +164,8 @@ def test_the_list_imports_no_torch(site: Path) -> None:
     assert "foveate-rich (rich)" in done.stdout
 
 
-def test_an_objective_is_described_with_every_option(command: Command, site: Path) -> None:
-    found = told(command, "plugins", "show", "rich")
+def test_an_objective_is_described_with_every_option(foveate_command: Command, site: Path) -> None:
+    found = told(foveate_command, "plugins", "show", "rich")
     rows = {row["key"]: row for row in found["options"]}
     own = ["mode", "width", "blur", "name", "layers", "when"]
     common = ["weight", "start_step", "end_step", "probability", "from_model", "fit_before"]
@@ -205,13 +191,14 @@ def test_an_objective_is_described_with_every_option(command: Command, site: Pat
         "objectives": {"rich": {"weight": 1.0, "mode": "soft", "width": "<whole number > 3>"}},
         "train": {"rich": 1e-3},
     }
-    status, out, _ = command("plugins", "show", "rich")
+    status, out, _ = foveate_command("plugins", "show", "rich")
     assert status == 0 and "More of it." in out and found["use"] in out
     assert all(key in out for key in rows)
 
 
-def test_what_an_objective_reads_and_does(command: Command, site: Path) -> None:
-    facts, teachers = told(command, "plugins", "show", "simple")["facts"], [*load_plugins().names["teachers"], "small"]
+def test_what_an_objective_reads_and_does(foveate_command: Command, site: Path) -> None:
+    facts = told(foveate_command, "plugins", "show", "simple")["facts"]
+    teachers = [*load_plugins().names["teachers"], "small"]
     assert facts["images"] == "those that the model sees"
     assert facts["reads"] == (
         "LLM at layer 0.5, -1; encoder at layer -2; encoder, for its teacher, at layer 0; "
@@ -220,13 +207,15 @@ def test_what_an_objective_reads_and_does(command: Command, site: Path) -> None:
     assert facts["teacher"] == f"the one that the option `teacher` names, of {', '.join(teachers)}"
     assert facts["also"] == "edits the visual tokens"
     assert facts["paper"] == "arXiv 2501.00001"
-    assert "paper" not in told(command, "plugins", "show", "rich")["facts"]
+    assert "paper" not in told(foveate_command, "plugins", "show", "rich")["facts"]
 
 
 @pytest.mark.parametrize("name", ["rich", "simple"])
-def test_the_lines_make_a_recipe(name: str, command: Command, site: Path, tmp_path: Path, shared_corpus: Path) -> None:
+def test_the_lines_make_a_recipe(
+    name: str, foveate_command: Command, site: Path, tmp_path: Path, shared_corpus: Path
+) -> None:
     """Pasted, with a number where one is asked for, they load; JSON may be asked for before `show` too."""
-    lines = told(command, "plugins", "--json", "show", name)["use"].replace('"<whole number > 3>"', "7")
+    lines = told(foveate_command, "plugins", "--json", "show", name)["use"].replace('"<whole number > 3>"', "7")
     pasted = yaml.safe_load(lines)
     content = recipe_dict(shared_corpus, objectives=pasted["objectives"])
     content["stages"][0]["train"] |= pasted["train"]
@@ -236,29 +225,29 @@ def test_the_lines_make_a_recipe(name: str, command: Command, site: Path, tmp_pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_everything_that_comes_along_is_described_and_its_lines_parse(kind: str, command: Command) -> None:
+def test_everything_that_comes_along_is_described_and_its_lines_parse(kind: str, foveate_command: Command) -> None:
     for name, entry in load_plugins().names[kind].items():
-        found = told(command, "plugins", "show", name, "--kind", kind)
+        found = told(foveate_command, "plugins", "show", name, "--kind", kind)
         assert found["owner"] == entry.owner and found["summary"] != "It has no description.", name
         options = getattr(entry.load(), "Options", None)
         keys = [info.alias or key for key, info in options.model_fields.items()] if options else []
         assert sorted(row["key"] for row in found["options"] if "." not in row["key"]) == sorted(keys)
         if kind == "commands":
-            assert command(*found["use"].split()[1:])[0] == 0
+            assert foveate_command(*found["use"].split()[1:])[0] == 0
             continue
         problems = parse_yaml(found["use"], Path(), lambda *place: foveate.yaml_tree.Place("pasted")).problems
         assert not problems and name in json.dumps(yaml.safe_load(found["use"]))
-        assert command("plugins", "show", name, "--kind", kind)[0] == 0
+        assert foveate_command("plugins", "show", name, "--kind", kind)[0] == 0
 
 
-def test_a_name_of_several_kinds(command: Command, site: Path) -> None:
-    status, _, err = command("plugins", "show", "hf")
+def test_a_name_of_several_kinds(foveate_command: Command, site: Path) -> None:
+    status, _, err = foveate_command("plugins", "show", "hf")
     assert status == 2 and "--kind encoders or --kind llms or --kind datasets" in err
-    assert told(command, "plugins", "show", "hf", "--kind", "llms")["kind"] == "llms"
+    assert told(foveate_command, "plugins", "show", "hf", "--kind", "llms")["kind"] == "llms"
     install(site, "foveate-hf", {"hf_plugin.py": registering(hf="'rich_things:Simple'")})
     with on_path(site):
-        assert told(command, "plugins", "show", "hf")["kind"] == "objectives"
-    status, _, err = command("plugins", "show", "hf", "--kind", "llm")
+        assert told(foveate_command, "plugins", "show", "hf")["kind"] == "objectives"
+    status, _, err = foveate_command("plugins", "show", "hf", "--kind", "llm")
     assert status == 2 and "did you mean 'llms'?" in err
 
 
@@ -273,31 +262,31 @@ def test_a_name_of_several_kinds(command: Command, site: Path) -> None:
         (["tidy"], "The plugin foveate-neat (neat) is not available and may be what is missing: RuntimeError: half"),
     ],
 )
-def test_an_unknown_name(command: Command, site: Path, words: list[str], answer: str) -> None:
-    status, out, err = command("plugins", "show", *words)
+def test_an_unknown_name(foveate_command: Command, site: Path, words: list[str], answer: str) -> None:
+    status, out, err = foveate_command("plugins", "show", *words)
     assert (status, out) == (2, "") and answer in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("name", ["neat", "foveate-neat", "foveate-neat (neat)"])
-def test_a_broken_plugin_is_shown_with_its_traceback(command: Command, site: Path, name: str) -> None:
-    status, _, err = command("plugins", "show", name)
+def test_a_broken_plugin_is_shown_with_its_traceback(foveate_command: Command, site: Path, name: str) -> None:
+    status, _, err = foveate_command("plugins", "show", name)
     assert status == 2 and "foveate-neat (neat) is not available" in err
     assert "Traceback" in err and "raise RuntimeError('half installed')" in err
 
 
-def test_a_class_that_cannot_be_imported_and_one_that_is_no_objective(command: Command, site: Path) -> None:
+def test_a_class_that_cannot_be_imported_and_one_that_is_no_objective(foveate_command: Command, site: Path) -> None:
     source = registering(gone="'nowhere_at_all:Objective'", wrong="dict")
     install(site, "foveate-odd", {"odd_plugin.py": source})
-    status, _, err = command("plugins", "show", "gone")
+    status, _, err = foveate_command("plugins", "show", "gone")
     assert status == 2 and "objective 'gone' of foveate-odd (odd) cannot be imported" in err and "Traceback" in err
-    status, _, err = command("plugins", "show", "wrong")
+    status, _, err = foveate_command("plugins", "show", "wrong")
     assert status == 2 and "<class 'dict'> is no subclass of VisionObjective" in err
 
 
-def test_a_plugin_by_its_own_name(command: Command, site: Path) -> None:
-    listed = told(command, "plugins", "show", "foveate")["plugins"]
+def test_a_plugin_by_its_own_name(foveate_command: Command, site: Path) -> None:
+    listed = told(foveate_command, "plugins", "show", "foveate")["plugins"]
     assert {plugin["distribution"] for plugin in listed} == {"foveate"} and len(listed) >= 2
-    status, out, _ = command("plugins", "show", "foveate-rich")
+    status, out, _ = foveate_command("plugins", "show", "foveate-rich")
     assert status == 0 and "objectives: rich, simple" in out and "foveate (core)" not in out
 
 
@@ -320,20 +309,20 @@ def test_a_plugin_by_its_own_name(command: Command, site: Path) -> None:
     ],
 )
 def test_new_plugin_refuses_bad_and_taken_names(
-    command: Command, site: Path, tmp_path: Path, name: str, answer: str
+    foveate_command: Command, site: Path, tmp_path: Path, name: str, answer: str
 ) -> None:
-    status, out, err = command("new-plugin", "--out", tmp_path / "new", "--", name)
+    status, out, err = foveate_command("new-plugin", "--out", tmp_path / "new", "--", name)
     assert (status, out) == (2, "") and answer in err and len(err.splitlines()) == 1
     assert not (tmp_path / "new").exists()
 
 
 def test_new_plugin_replaces_nothing_and_leaves_nothing_half_written(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    foveate_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "foveate-edge"
     folder.mkdir()
     (folder / "mine").touch()
-    status, _, err = command("new-plugin", "edge", "--out", tmp_path)
+    status, _, err = foveate_command("new-plugin", "edge", "--out", tmp_path)
     assert status == 2 and "exists already" in err and [path.name for path in folder.iterdir()] == ["mine"]
     renamed = scaffold._renamed
 
@@ -343,7 +332,7 @@ def test_new_plugin_replaces_nothing_and_leaves_nothing_half_written(
         return renamed(text, names)
 
     monkeypatch.setattr(scaffold, "_renamed", failing)
-    status, _, err = command("new-plugin", "edge", "--out", tmp_path / "new")
+    status, _, err = foveate_command("new-plugin", "edge", "--out", tmp_path / "new")
     assert status == 2 and "No space left on device" in err and list((tmp_path / "new").iterdir()) == []
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import pickle
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -193,9 +192,10 @@ def seeded(seed: int) -> None:
 
 def global_states() -> Mapping[str, Any]:
     """The states of the global generators, comparable with ==."""
+    _, keys, *place = np.random.get_state()
     return {
         "torch": torch.get_rng_state().numpy().tobytes(),
-        "numpy": pickle.dumps(np.random.get_state()),
+        "numpy": (np.asarray(keys).tobytes(), *place),
         "random": random.getstate(),
     }
 
