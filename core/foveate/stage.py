@@ -7,6 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ from foveate.optim import (
     schedule_factor,
     set_learning_rates,
 )
+from foveate.progress import StageProgress
 from foveate.recipe import Stage
+from foveate.rehearsal import allocate_state, check_space, memory_errors, without_a_trace
 from foveate.session import Interrupted, Session
 from foveate.tally import Tally
 from foveate.targets import called
@@ -71,33 +74,61 @@ class StageLoop:
         self._resume()
         movement = MovementCheck(self.modules, self.parts, session.fixed) if self.step == 0 else None
         self.learner, optimizer = session.accelerator.prepare(session.learner, self.optimizer)
-        total = self.data.total_steps
-        with session.display.stage(stage.name, total, self.step) as bar, self._memory_savers():
-            work: StepBatches
-            for work, waited in timed(self.data.steps(self.step)):
-                started = time.perf_counter()
-                rates = set_learning_rates(
-                    self.optimizer, schedule_factor(stage.schedule, self.step, total, stage.warmup)
-                )
-                metrics = self._take_step(work, optimizer)
-                self.step += 1
-                if movement is not None and self.step == min(MOVEMENT_STEPS, total):
-                    waiting = self.active.keys() - self.seen
-                    idle = [part.name for part in self.parts if part.name.partition(".")[0] in waiting]
-                    movement.verify(f"stage {stage.name}, step {self.step}", idle)
-                    movement = None
-                metrics |= {f"lr/{part}": rate for part, rate in rates.items()}
-                metrics |= {"step_seconds": time.perf_counter() - started + waited, "data_wait": waited}
-                if self._due(stage.validate_.every if stage.validate_ else None) or self.step == total:
-                    metrics |= self._validate()
-                session.log(stage.name, self.step, metrics)
-                bar.advance(self.step, metrics)
-                if self.stopping or self._due(session.recipe.checkpoint_every):
-                    self.save()
-                if self.stopping and self.step < total:
-                    where = f"step {self.step} of stage {stage.name}"
-                    raise Interrupted(f"stopped after {where}; the same command with --resume goes on")
+        with self._memory_savers():
+            self._rehearse()
+            with session.display.stage(stage.name, self.data.total_steps, self.step) as bar:
+                self._take_steps(optimizer, bar, movement)
         self._finish()
+
+    def _take_steps(self, optimizer: Any, bar: StageProgress, movement: MovementCheck | None) -> None:
+        """All that are left, with their validations and checkpoints."""
+        session, stage, total = self.session, self.stage, self.data.total_steps
+        work: StepBatches
+        for work, waited in timed(self.data.steps(self.step)):
+            started = time.perf_counter()
+            rates = set_learning_rates(self.optimizer, schedule_factor(stage.schedule, self.step, total, stage.warmup))
+            metrics = self._take_step(work, optimizer)
+            self.step += 1
+            if movement is not None and self.step == min(MOVEMENT_STEPS, total):
+                waiting = self.active.keys() - self.seen
+                idle = [part.name for part in self.parts if part.name.partition(".")[0] in waiting]
+                movement.verify(f"stage {stage.name}, step {self.step}", idle)
+                movement = None
+            metrics |= {f"lr/{part}": rate for part, rate in rates.items()}
+            metrics |= {"step_seconds": time.perf_counter() - started + waited, "data_wait": waited}
+            if self._due(stage.validate_.every if stage.validate_ else None) or self.step == total:
+                metrics |= self._validate()
+            session.log(stage.name, self.step, metrics)
+            bar.advance(self.step, metrics)
+            if self.stopping or self._due(session.recipe.checkpoint_every):
+                self.save()
+            if self.stopping and self.step < total:
+                where = f"step {self.step} of stage {stage.name}"
+                raise Interrupted(f"stopped after {where}; the same command with --resume goes on")
+
+    def _rehearse(self) -> None:
+        """The largest micro-batches, the optimizer's state and a checkpoint are tried, and leave no trace.
+
+        Raises `TrainingError` where memory, `RunError` where the disk does not suffice.
+        """
+        session, name = self.session, self.stage.name
+        moment, told = Moment(session.recipe.seed, f"{name}, rehearsal"), list[str]()
+        with without_a_trace(session.learner, session.device):
+            with memory_errors(f"the optimizer's state of stage {name}"):
+                allocate_state(self.optimizer)
+            for work in self.data.largest():
+                told.append(f"{work.tokens:,} tokens and {work.images:,} images")
+                with memory_errors(f"the largest micro-batch of stage {name}, {told[-1]}"):
+                    output: StepOutput = self.learner(work.batches[0].to(session.device), moment, self.active)
+                    totals = totals_of(output)
+                    session.accelerator.backward(self._weighted(totals, dict.fromkeys(totals, 1.0)))
+        if self.step == 0:
+            folder, every = self.save(), session.recipe.checkpoint_every
+            if session.accelerator.is_main_process:
+                check_space(folder, self.data.total_steps // every if every else 0)
+        if session.device.type == "cuda":
+            told.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
+        session.display.say(f"{name}: tried the largest micro-batch: {'; '.join(told)}")
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -251,13 +282,13 @@ class StageLoop:
     def _trained(self) -> dict[str, Tensor]:
         return {name: parameter for part in self.parts for name, parameter in part.parameters.items()}
 
-    def save(self, finished: bool = False) -> None:
+    def save(self, finished: bool = False) -> Path:
         """A checkpoint of this step, complete or absent; a finished stage needs no optimizer any more."""
         session = self.session
+        folder = checkpoint_folder(session.run.stage_folder(self.stage.name), self.step)
         if session.accelerator.is_main_process:
             model = {name: session.frozen.value(tensor) for name, tensor in self._names().items()}
             optimizer = {} if finished else optimizer_state(self.optimizer, self._trained())
-            folder = checkpoint_folder(session.run.stage_folder(self.stage.name), self.step)
             state = {"stage": self.stage.name, "step": self.step, "finished": finished}
             state["touched"] = sorted(session.touched)
             heads = dict(session.learner.objectives.state_dict())
@@ -266,6 +297,7 @@ class StageLoop:
                 run=session.run, stage=self.stage.name, step=self.step, folder=str(folder)
             )
         session.accelerator.wait_for_everyone()
+        return folder
 
     def _finish(self) -> None:
         """Wrappers taken away, adapters merged, a last checkpoint."""

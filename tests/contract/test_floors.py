@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"model", "teachers", "targets"},
     {"text_loss", "forward_pass", "learner"},
     {"files", "optim", "precision", "checkpoint", "metrics", "run", "progress", "export", "tally"},
-    {"data_room", "assembly", "session", "fitting", "stage", "stage_checks", "plan", "training"}
+    {"data_room", "assembly", "session", "fitting", "rehearsal", "stage", "stage_checks", "plan", "training"}
     | {"loaded", "gallery", "report"},
     {"testing", "pytest_plugin", "cli", "plugin_cli", "show_cli", "export_cli", "scaffold", "recipe_docs"},
 ]

@@ -169,7 +169,7 @@ def test_a_fitted_teacher_keeps_the_encoder_that_it_was_fitted_with(tmp_path: Pa
     changes: dict[str, Any] = {"types": {"recorded": Recorded}, "max_steps": 4, "batch_size": 48, "epochs": None}
     changes["data"] = [{**recipe_dict(shared_corpus)["stages"][0]["data"][0]}]
     run(tmp_path / "a", shared_corpus, options, **changes)
-    sums = [sum(float(value.sum()) for value in values) for values in seen]
+    _, *sums = [sum(float(value.sum()) for value in values) for values in seen]
     assert len(sums) == 4 and sums[0] == pytest.approx(sums[3], rel=1e-4), "every step shows the whole corpus"
 
 

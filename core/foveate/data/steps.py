@@ -1,6 +1,7 @@
 """A stage's data: one item is one optimizer step, already dealt to this rank and packed into micro-batches."""
 
 import copy
+import heapq
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -74,10 +75,7 @@ class StageData(Dataset[StepBatches | FoveateError]):
         error: FoveateError | None = None
         for number, item in enumerate(self._loader, 1):
             if isinstance(item, FoveateError):
-                error = item  # as it was raised, without the worker's traceback
-                if isinstance(item, SampleError):
-                    advice = "Mend it (`foveate data check RECIPE` lists all), or set on_bad_sample: skip."
-                    error = SampleError(item.kind, item.where, f"{item.problem}. {advice}")
+                error = _advised(item)  # as it was raised, without the worker's traceback
                 break
             seen, bad = number * self.batch_size // self.world, bad + item.bad
             reasons += item.skipped[: 5 - len(reasons)]
@@ -98,19 +96,51 @@ class StageData(Dataset[StepBatches | FoveateError]):
             for place in places:
                 outlines += self._sound(result, place % self.world == self.rank, self._outline, epoch, place)
             for group in deal([sample.length for sample in outlines], self.world, self.budget)[self.rank]:
-                samples = list[Sample]()
-                for number in group:
-                    samples += self._sound(result, True, load_pixels, outlines[number], self.rules)
-                result.batches.append(pack(samples + stand_ins(samples, self.rules), self.rules.objectives))
-                result.samples += len(samples)
-                result.images += sum(len(sample.images) for sample in samples)
-                result.tokens += sum(sample.length for sample in samples)
-                result.counts["text"] += result.batches[-1].target_ids.numel()
-                for name, units in counts_of(samples, self.rules.objectives).items():
-                    result.counts[name] = result.counts.get(name, 0.0) + units
+                self._fill(result, [outlines[number] for number in group])
         except FoveateError as error:
             return error
         return result
+
+    def largest(self, among: int = 1024) -> list[StepBatches]:
+        """This rank's largest micro-batches, one each: with the most tokens, and, if it is another, the most images.
+
+        As a step of the `batch_size` longest (or richest in images) of up to `among` samples, spread over an epoch,
+        would make them; as many on every rank. Raises `DataError` as `steps` does.
+        """
+        try:
+            return self._largest(among)
+        except FoveateError as error:
+            raise _advised(error) from error.__cause__
+
+    def _largest(self, among: int) -> list[StepBatches]:
+        skipped, seen, size = StepBatches(), list[Sample](), len(self.mixture)
+        for place in {number * size // min(size, among): None for number in range(min(size, among))}:
+            seen += self._sound(skipped, False, self._outline, 0, place)
+        found, chosen = list[StepBatches](), list[list[int]]()
+        sizes = [(sample.length, len(sample.images)) for sample in seen]
+        for order in ((0, 1), (1, 0)):
+            step = heapq.nlargest(self.batch_size, range(len(seen)), key=lambda at: [sizes[at][key] for key in order])
+            if sorted(step) in chosen:
+                continue
+            chosen.append(sorted(step))
+            groups = deal([sizes[at][0] for at in step], self.world, self.budget)[self.rank]
+            most = max(groups, key=lambda group: [sum(sizes[step[at]][key] for at in group) for key in order])
+            found.append(StepBatches())
+            self._fill(found[-1], [seen[step[at]] for at in most])
+        return found
+
+    def _fill(self, result: StepBatches, outlines: Sequence[Sample]) -> None:
+        """One more micro-batch: pictures opened, packed, counted."""
+        samples = list[Sample]()
+        for outline in outlines:
+            samples += self._sound(result, True, load_pixels, outline, self.rules)
+        result.batches.append(pack(samples + stand_ins(samples, self.rules), self.rules.objectives))
+        result.samples += len(samples)
+        result.images += sum(len(sample.images) for sample in samples)
+        result.tokens += sum(sample.length for sample in samples)
+        result.counts["text"] += result.batches[-1].target_ids.numel()
+        for name, units in counts_of(samples, self.rules.objectives).items():
+            result.counts[name] = result.counts.get(name, 0.0) + units
 
     def _outline(self, epoch: int, place: int) -> Sample:
         number, index = self.mixture.sample_at(epoch, place)
@@ -129,3 +159,11 @@ class StageData(Dataset[StepBatches | FoveateError]):
             result.skipped += [str(error)] * told
             result.bad += told and not dropped
             return []
+
+
+def _advised(error: FoveateError) -> FoveateError:
+    """The error, with what to do about a defective sample."""
+    if not isinstance(error, SampleError):
+        return error
+    advice = "Mend it (`foveate data check RECIPE` lists all), or set on_bad_sample: skip."
+    return SampleError(error.kind, error.where, f"{error.problem}. {advice}")
