@@ -27,8 +27,11 @@ Written by `python -m foveate.recipe_docs docs/recipe.md` from the schema; a tes
   `registry.yaml` beside the recipe adds presets.
 - **Paths** are relative to the file they are written in; `output`, and paths in `--set`, to the current folder.
 - **`extends: other.yaml`** changes another recipe: mappings are merged, lists and single values replaced. `name` and
-  `output` are not inherited: each recipe has a run of its own.
-- **`--set stages.0.batch_size=8`** overrides one value, read as YAML.
+  `output` are not inherited: each recipe has a run of its own. `stages` may be a mapping from the names of inherited
+  stages to what changes in them.
+- **`false`** takes out a stage (`stages: {align: false}`), a trained part (`train: {encoder: false}`), or an objective
+  (`objectives: {ross: false}`), wherever stages and data name it. So a twin without an objective is two lines.
+- **`--set stages.align.batch_size=8`** overrides one value, read as YAML; stages go by name or number.
 - `1e-4` is a number, `4:12` and `no` are text (YAML 1.2). All errors are shown at once, with line and column.
 """
 _NAMES: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "true/false", Path: "path"}

@@ -14,6 +14,7 @@ from foveate.explain import ABSENT
 from foveate.plugins import Plugins, installed_plugins
 from foveate.recipe import Recipe
 from foveate.registry import load_registry
+from foveate.variants import by_name, named_stages, take_out
 from foveate.yaml_tree import Block, Loc, Place, Problem, Tree, merge, parse_yaml, read_yaml
 
 
@@ -33,6 +34,7 @@ def load_recipe(
     tree, folders = _read(path, ())
     for text in overrides:
         _override(tree, text)
+    take_out(tree)
     registry, problems = load_registry(folders)
     if isinstance(tree.root, Block):
         tree.root.setdefault("name", path.stem)
@@ -76,6 +78,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[Tree, list[Path]]:
         base, more = _read(parent, above)
         if isinstance(base.root, Block):
             base.root = base.root.without("name", "output")  # every recipe has a run of its own
+        tree = named_stages(base, tree)
         places, problems = {**base.places, **tree.places}, [*base.problems, *tree.problems]
         return Tree(merge(base.root, tree.root), places, problems), [*folders, *more]
     tree.problems.append(Problem(tree.place(("extends",)), ("extends",), wrong))
@@ -87,6 +90,8 @@ def _override(tree: Tree, text: str) -> None:
     place = Place(f"--set {text}")
     dotted, _, value = text.partition("=")
     keys = tuple(int(key) if key.isdigit() else key for key in dotted.strip().split("."))
+    if len(keys) > 1 and keys[0] == "stages" and isinstance(tree.root, Block):
+        keys = (keys[0], by_name(tree.root.get("stages"), keys[1]), *keys[2:])
     given = parse_yaml(value, Path.cwd(), lambda *position: place)
     tree.problems += [problem._replace(loc=(*keys, *problem.loc)) for problem in given.problems]
     if "=" not in text or "" in keys:

@@ -12,10 +12,10 @@ CORE = ROOT / "core" / "foveate"
 PLUGINS = ROOT / "plugins"
 
 FLOORS: list[set[str]] = [
-    {"errors", "types", "options"},
+    {"errors", "types", "options", "processes"},
     {"objective", "hookspecs", "yaml_tree", "explain"},
     {"plugins", "registry"},
-    {"recipe_fields", "recipe", "recipe_file"},
+    {"recipe_fields", "recipe", "recipe_file", "variants"},
     {"data"},
     {"model", "teachers", "targets"},
     {"text_loss", "forward_pass", "learner"},
@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
 OUTSIDE = {"__init__", "__main__", "builtin"}
 """`__init__` hands names on lazily; `builtin` is core's own plugin and names classes as strings."""
 
-LIMIT = 7_000
+LIMIT = 7_500
 """Lines of code of floors 0 to 8; blank lines, comments and docstrings are free, so that nobody saves on them."""
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 import foveate
 from foveate import ExistingPath
+from foveate.objective import ObjectiveOptions
 from foveate.options import Options as Base
 from foveate.plugins import Plugins, load_plugins
 
@@ -48,6 +49,12 @@ class TinyData:
         images: ExistingPath | None = Field(None, description="Pictures.")
 
 
+class Sharpen:
+    """An objective's name and options."""
+
+    Options = ObjectiveOptions
+
+
 class Accuracy:
     """A metric without options of its own."""
 
@@ -71,6 +78,10 @@ class TinyPlugin:
     @foveate.hookimpl
     def register_datasets(self, register: Any) -> None:
         register("llava", TinyData)
+
+    @foveate.hookimpl
+    def register_objectives(self, register: Any) -> None:
+        register("sharpen", Sharpen)
 
     @foveate.hookimpl
     def register_metrics(self, register: Any) -> None:

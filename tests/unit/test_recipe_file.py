@@ -126,7 +126,7 @@ def test_syntax_and_missing_files_are_one_problem(problems: Problems) -> None:
     assert problems(name="none.yaml") == ["none.yaml: no such file or directory"]
 
 
-# objectives: none is registered yet, so every use is the catalogue's advice, once
+# objectives: what is not registered is the catalogue's advice, once
 
 
 def test_unknown_objectives_are_told_once(problems: Problems, tmp_path: Path) -> None:
@@ -190,6 +190,55 @@ def test_a_base_that_is_not_there_does_not_hide_or_invent_problems(problems: Pro
         "recipe.yaml:2:1: seed: must be a whole number, not 'x'",
     ]
     assert problems("extends: 5\n") == ["recipe.yaml:1:1: extends: no such recipe: 5"]
+
+
+TWO_STAGES = """\
+model: {encoder: {width: 4}, projector: mlp, llm: {config: {}}}
+objectives: {sharpen: {}, second: {type: sharpen}}
+stages:
+  - {name: align, data: [{path: rows.json, objectives: [sharpen]}], train: {projector: 1e-3, sharpen: 1e-3},
+     batch_size: 4, objectives: [sharpen], epochs: 1}
+  - {name: middle, data: [{path: rows.json}], train: {projector: 1e-4, second: 1e-4}, batch_size: 4, epochs: 1,
+     frozen: [sharpen], objectives: [sharpen, second]}
+  - {name: last, data: [{path: rows.json}], train: {projector: 1e-5, llm: 1, sharpen.head: 1}, frozen: [second],
+     batch_size: 4, epochs: 1}
+"""
+
+
+def test_a_variant_changes_stages_by_name_and_takes_out_what_is_false(read: Read) -> None:
+    read(TWO_STAGES, name="whole.yaml")
+    twin = read("extends: whole.yaml\nobjectives: {sharpen: false}\nstages: {last: {batch_size: 7}, align: false}\n")
+    assert [(stage.name, stage.batch_size, *stage.train) for stage in twin.stages] == [
+        ("middle", 4, "projector", "second"), ("last", 7, "projector", "llm"),
+    ]  # fmt: skip
+    assert list(twin.objectives) == ["second"]
+    assert (twin.stages[0].objectives, twin.stages[0].frozen) == (("second",), ())
+    grandchild = read("extends: recipe.yaml\nobjectives: {second: {weight: 2}}\n", name="grandchild.yaml")
+    assert len(grandchild.stages) == 2 and grandchild.objectives["second"].options.weight == 2  # type: ignore[attr-defined]
+    frozen = read("extends: whole.yaml\nstages: {last: {train: {llm: false}}}\n", name="frozen.yaml")
+    assert list(frozen.stages[2].train) == ["projector", "sharpen.head"] and len(frozen.objectives) == 2
+
+
+def test_a_variant_by_overrides(read: Read) -> None:
+    read(TWO_STAGES, name="whole.yaml")
+    sets = ["objectives.sharpen=false", "objectives.second=false", "stages.middle=false", "stages.last.batch_size=9"]
+    text_only = read(sets=sets, name="whole.yaml")
+    assert (dict(text_only.objectives), [stage.batch_size for stage in text_only.stages]) == ({}, [4, 9])
+    assert text_only.stages[0].data[0].objectives == ()
+
+
+def test_problems_of_a_variant_stand_in_its_file(problems: Problems, tmp_path: Path) -> None:
+    (tmp_path / "whole.yaml").write_text(TWO_STAGES.replace("train: {projector: 1e-5", "train: {projcetor: 1e-5"))
+    assert problems(
+        "extends: whole.yaml\nobjectives: {sharpne: false}\nstages:\n  lats: {batch_size: 1}\n  middle: false\n"
+        "  align:\n    batch_size: x\n    train: {llm: y}\n"
+    ) == [
+        "recipe.yaml:2:14: objectives.sharpne: there is no objective 'sharpne' to take out; did you mean 'sharpen'?",
+        "recipe.yaml:4:3: stages.lats: there is no stage 'lats' to change; did you mean 'last'?",
+        "recipe.yaml:7:5: stages.0.batch_size: must be a whole number, not 'x'",
+        "recipe.yaml:8:13: stages.0.train.llm: must be a number, not 'y'",
+        "whole.yaml:8:53: stages.1.train.projcetor: unknown part 'projcetor'; did you mean 'projector'?",
+    ]
 
 
 def test_recipes_must_not_extend_each_other_in_a_circle(problems: Problems, tmp_path: Path) -> None:
