@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from foveate.checkpoint import read_tensors
 from foveate.data_room import DataRoom
 from foveate.errors import FoveateError, ModelError, PluginError
 from foveate.files import read_json, write_json
@@ -36,6 +37,8 @@ class Assembly:
     data: DataRoom
     lmm: LMM
     learner: Learner
+    given: frozenset[str]
+    """Objectives whose heads came with the model."""
 
 
 def assemble(recipe: Recipe, device: torch.device | str = "cpu", data: DataRoom | None = None) -> Assembly:
@@ -48,12 +51,13 @@ def assemble(recipe: Recipe, device: torch.device | str = "cpu", data: DataRoom 
     set_seed(recipe.seed)
     lmm = build_lmm(room.plan, len(room.tokenizer)).to(device=device, dtype=full)
     objectives = build_objectives(recipe, room.plan, lmm)
+    given = set[str]()
     for name, objective in objectives.items():
         if recipe.model.from_ and recipe.objectives[name].options.from_model:  # type: ignore[attr-defined]
-            load_head(objective, name, Path(recipe.model.from_))
+            given |= {name} if load_head(objective, name, Path(recipe.model.from_)) else set()
         objective.to(device=device, dtype=full)
     teachers = TeacherRoom(objectives, device, DTYPES[recipe.precision.teachers], full)
-    return Assembly(recipe, room.plan, room, lmm, Learner(lmm, objectives, teachers))
+    return Assembly(recipe, room.plan, room, lmm, Learner(lmm, objectives, teachers), frozenset(given))
 
 
 def build_objectives(recipe: Recipe, plan: Blueprint, lmm: LMM) -> dict[str, VisionObjective]:
@@ -94,7 +98,7 @@ def load_head(objective: VisionObjective, name: str, model: Path) -> bool:
     if not found:
         return False
     card: dict[str, Any] = read_json(found[0] / "objective.json")
-    state = load_file(found[0] / "weights.safetensors")
+    state = read_tensors(found[0] / "weights.safetensors")
     try:
         load_strictly(objective, state, ("",), f"objective '{name}' of {model} ({json.dumps(card)[:200]})")
     except ModelError as error:

@@ -1,12 +1,11 @@
 """Checkpoints of a stage: safetensors and JSON, complete or absent, checked when they are read; never unpickled.
 
-`STAGE/checkpoints/step-N/` holds `NAME.safetensors` for each group of tensors, `state.json`, and `complete.json` with
-every file's size and SHA-256.
+`STAGE/checkpoints/step-N/` holds `NAME.safetensors` for each group of tensors, `state.json`, and the seal
+`complete.json` with every file's size and SHA-256.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,13 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveate.errors import RunError
-from foveate.files import atomic_folder, read_json, write_json
+from foveate.files import SEAL, atomic_folder, check_seal, read_json, write_json
 
-SEAL, STATE = "complete.json", "state.json"
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,14 @@ class Checkpoint:
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises `RunError` where it is missing or broken."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: {error}. It is damaged, or not what foveate wrote.") from error
 
 
 def checkpoint_folder(stage_folder: Path, step: int) -> Path:
@@ -50,7 +57,6 @@ def save_checkpoint(
         for name, group in tensors.items():
             _save_tensors(group, aside / f"{name}.safetensors")
         write_json(aside / STATE, dict(state))
-        write_json(aside / SEAL, {"format": 1, "files": {path.name: _facts(path) for path in sorted(aside.iterdir())}})
     for old in _complete(folder.parent)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -60,14 +66,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     Raises `RunError` that names the file which is missing, damaged or incomplete, and says how to go on.
     """
-    files = read_json(folder / SEAL)["files"]
-    for name, facts in files.items():
-        found = _facts(folder / name) if (folder / name).is_file() else "missing"
-        if found != facts:
-            raise RunError(
-                f"{folder / name} is damaged: written as {facts}, it is now {found}. "
-                f"Delete {folder} to resume from the checkpoint before it."
-            )
+    step = int(folder.name.rpartition("-")[2])
+    earlier = [path for path in _complete(folder.parent) if int(path.name[5:]) < step]
+    goes_on = f"the checkpoint before it, {earlier[-1].name}" if earlier else "what is before it, or from the start"
+    files = check_seal(folder, f"Delete {folder}: --resume then goes on from {goes_on}.")
     tensors = {Path(name).stem: _load_tensors(folder / name) for name in files if name.endswith(".safetensors")}
     return Checkpoint(tensors, read_json(folder / STATE))
 
@@ -118,11 +120,6 @@ def load_optimizer_state(
             optimizer.state[parameter] = state
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def _save_tensors(group: Mapping[str, Tensor], path: Path) -> None:
     """Tied tensors go into the file once; its metadata says which other keys they have."""
     first: dict[tuple[Any, ...], str] = {}
@@ -136,10 +133,7 @@ def _save_tensors(group: Mapping[str, Tensor], path: Path) -> None:
             copied = tensor.detach().contiguous().cpu()
             view = copied.untyped_storage().nbytes() != copied.nbytes  # safetensors wants a storage of its own
             written[key] = copied.clone() if view else copied
-    try:
-        save_file(written, path, metadata={"tied": json.dumps(tied)})
-    except SafetensorError as error:  # the disk is full, for instance; it carries no errno
-        raise OSError(str(error)) from error
+    save_file(written, path, metadata={"tied": json.dumps(tied)})
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

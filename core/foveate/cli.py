@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import traceback
@@ -105,13 +106,15 @@ def train(
     ] = False,
 ) -> None:
     """Train what a recipe says, stage by stage."""
+    from foveate.processes import together
     from foveate.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
-    from foveate.progress import Display
-    from foveate.training import train as train_recipe
+    with together():
+        loaded = load_recipe(recipe, overrides or ())
+        from foveate.progress import Display
+        from foveate.training import train as train_recipe
 
-    run = train_recipe(loaded, resume=resume)
+        run = train_recipe(loaded, resume=resume)
     if run.main:
         folder = _shown(run.folder)
         display = Display()
@@ -124,17 +127,24 @@ def train(
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    no_data: Annotated[bool, typer.Option("--no-data", help="Read no data: they need not be here.")] = False,
+    as_json: Json = False,
+) -> None:
     """Show what a recipe would train: parts, parameters, learning rates, steps, tokens. Loads no weights."""
+    from foveate.data.elsewhere import elsewhere
+    from foveate.plugins import installed_plugins
     from foveate.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides or (), plugins=elsewhere(installed_plugins()) if no_data else None)
     from foveate.data_room import DataRoom
     from foveate.model.build import blueprint
     from foveate.plan import make_plan, render
     from foveate.progress import Display
 
-    made = make_plan(loaded, DataRoom(loaded, blueprint(loaded.model)))
+    made = make_plan(loaded, DataRoom(loaded, blueprint(loaded.model)), data=not no_data)
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=2))
     else:
@@ -260,6 +270,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     command: Callable[..., Any] = typer.main.get_command(app)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         command(args=[word for word in words if word != "--debug"], prog_name="foveate")
     except FoveateError as error:

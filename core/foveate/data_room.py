@@ -21,6 +21,9 @@ from foveate.model.build import Blueprint
 from foveate.model.language import TrainedTokenizer
 from foveate.recipe import DataSource, Recipe, Stage
 
+_FIT_TOKENS = 16384
+"""Of a micro-batch of pictures for a fit."""
+
 
 class DataRoom:
     """The data of a recipe: each source opened once, the tokenizer, and what the model's shape says of a sample."""
@@ -84,13 +87,16 @@ class DataRoom:
         )
 
     def stage(self, stage: Stage, rank: int = 0, world: int = 1, only: str | None = None) -> StageData:
-        """What a stage trains on, by optimizer step; for all its objectives, or for `only` one."""
+        """What a stage trains on, by optimizer step; for all its objectives.
+
+        For `only` one, which is fitted to it: micro-batches do not depend on the hardware then.
+        """
         hardware, number, rules = self.recipe.hardware, self.recipe.stages.index(stage), self.rules(stage)
         if only is not None:
             rules = replace(rules, objectives=tuple(rule for rule in rules.objectives if rule.name == only))
         return StageData(
-            self.sources(stage.data), rules, batch_size=stage.batch_size,
-            seed=self.recipe.seed * 1009 + number, budget=hardware.tokens_per_microbatch, rank=rank, world=world,
+            self.sources(stage.data), rules, batch_size=stage.batch_size, seed=self.recipe.seed * 1009 + number,
+            budget=hardware.tokens_per_microbatch if only is None else _FIT_TOKENS, rank=rank, world=world,
             on_bad=stage.on_bad_sample, max_bad_rate=stage.max_bad_rate, workers=hardware.workers,
             prefetch=hardware.prefetch, epochs=stage.epochs, max_steps=stage.max_steps,
         )  # fmt: skip

@@ -81,7 +81,7 @@ def _worded(line: Any, known: set[str]) -> PydanticCustomError:
         key = str(line["loc"][-1])
         return said(f"unknown key '{key}'" + (did_you_mean(key, known) if len(line["loc"]) == 1 else ""))
     if kind in ("value_error", "assertion_error"):
-        return said(str(context["error"]))
+        return said(" ".join(str(context["error"]).split()))  # other libraries' words may have several lines
     if kind == "literal_error":
         wanted = context["expected"]
     value = {"None": "empty", "True": "true", "False": "false"}.get(text := repr(line["input"]), text)

@@ -1,4 +1,6 @@
-"""Fitting teachers to the user's own pictures, once a run; what was fitted is kept in the run folder.
+"""Fitting teachers, and starting heads, from the user's own pictures, once a run.
+
+What was fitted is kept in the run folder, a head in the checkpoints.
 
 `RUN/teachers/NAME/` holds `fit.json` (fingerprint, and what the fit told), the teacher's weights, and, where a later
 stage trains the encoder whose states the teacher reads, the encoder's weights of the time of the fit.
@@ -7,21 +9,26 @@ stage trains the encoder whose states the teacher reads, the encoder's weights o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast, broadcast_object_list
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from foveate.assembly import Assembly
+from foveate.checkpoint import read_tensors
 from foveate.errors import DataError
-from foveate.files import atomic_folder, read_json, write_json
-from foveate.forward_pass import teacher_inputs
+from foveate.files import atomic_folder, check_seal, read_json, write_json
+from foveate.forward_pass import teacher_inputs, visual_tokens
 from foveate.model.build import load_strictly
-from foveate.objective import TeacherInputs
+from foveate.objective import EditInputs, Moment, Teacher, TeacherInputs, VisionObjective
 from foveate.recipe import Recipe, Stage
 from foveate.session import Session
+from foveate.targets import called
+from foveate.types import Batch
 
 TEACHERS, FIT, WEIGHTS, ENCODER = "teachers", "fit.json", "weights.safetensors", "encoder.safetensors"
 
@@ -54,17 +61,20 @@ def fitted_before(recipe: Recipe, stage: Stage) -> list[str]:
     due: list[str] = []
     for name, component in recipe.objectives.items():
         options: Any = component.options
-        first = next((entry.name for entry in recipe.stages if name in recipe.active(entry)), None)
-        wanted = options.fit_before or first
+        first = _first_stage(recipe, name)
+        wanted = options.fit_before or (first.name if first else None)
         if wanted is not None and names.index(wanted) <= names.index(stage.name):
             due.append(name)  # also those of stages that a resumed run has left behind
     return due
 
 
 def stored_fit(run: Path, key: str) -> Path | None:
-    """The folder of the fit of a teacher with this fingerprint, if the run has it."""
-    folders = sorted((run / TEACHERS).glob(f"*/{FIT}"))
-    return next((path.parent for path in folders if read_json(path)["fingerprint"] == key), None)
+    """The folder of the fit of a teacher with this fingerprint, if the run has it. Raises `RunError` for damage."""
+    folders = [path for path in sorted((run / TEACHERS).glob("*")) if path.is_dir() and not path.name.startswith(".")]
+    for folder in folders:
+        advice = f"Restore it from a copy; or delete {folder}, and --resume fits this teacher to its pictures again."
+        check_seal(folder, advice)
+    return next((folder for folder in folders if read_json(folder / FIT)["fingerprint"] == key), None)
 
 
 def _load_or_fit(session: Session, name: str, teacher: nn.Module) -> dict[str, float] | None:
@@ -72,14 +82,18 @@ def _load_or_fit(session: Session, name: str, teacher: nn.Module) -> dict[str, f
     teachers, folder = session.teachers, session.run.folder / TEACHERS / name
     stored = stored_fit(session.run.folder, teachers.keys[name])
     if stored is not None:
-        load_strictly(teacher, load_file(stored / WEIGHTS), ("",), f"the teacher in {stored}")
+        load_strictly(teacher, read_tensors(stored / WEIGHTS), ("",), f"the teacher in {stored}")
         told: dict[str, float] = read_json(stored / FIT)["told"]
         return told
+    if session.learner.rules[name].call("needs_fit"):
+        session.display.say(f"fitting the teacher of {name} …")
     found = teachers.fit(name, lambda: pictures(session, name))
     if found is None:
         return None
     with atomic_folder(folder) as aside:
         save_file(_state(teacher.state_dict()), aside / WEIGHTS)
+        if isinstance(teacher, Teacher):
+            teacher.save(aside)
         if session.learner.rules[name].reads.teacher and any(map(_trains_encoder, session.recipe.stages)):
             encoder = session.lmm.encoder.state_dict(keep_vars=True)
             save_file(_state({key: session.frozen.value(value) for key, value in encoder.items()}), aside / ENCODER)
@@ -102,7 +116,7 @@ def _give_encoder(session: Session, name: str) -> None:
     encoder = copy.deepcopy(session.lmm.encoder).to(teachers.full).eval().requires_grad_(False)
     stored = stored_fit(session.run.folder, key) if session.accelerator.is_main_process else None
     if stored is not None:
-        load_strictly(encoder, load_file(stored / ENCODER), ("",), f"the encoder in {stored}")
+        load_strictly(encoder, read_tensors(stored / ENCODER), ("",), f"the encoder in {stored}")
     _share(session, encoder)
     teachers.encoders[key] = encoder
 
@@ -111,23 +125,64 @@ def _share(session: Session, module: nn.Module) -> None:
     """Every process gets the main process's weights."""
     if session.accelerator.num_processes > 1:
         for tensor in module.state_dict().values():
-            broadcast(tensor)
+            tensor.copy_(broadcast(tensor.contiguous()))
 
 
 def _state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
 
 
-def pictures(session: Session, name: str) -> Iterator[TeacherInputs]:
+def start_heads(session: Session, stage: Stage) -> None:
+    """Lets objectives whose first stage this is start their heads from its pictures; all get the main process's.
+
+    To be called when the stage's parts have their dtypes. Nothing happens to heads that came with the model, nor where
+    a run is resumed inside the stage.
+    """
+    found = session.checkpoint
+    inside = found is not None and found.state["stage"] == stage.name
+    for name in () if inside else session.recipe.active(stage):
+        objective = session.objectives[name]
+        starts = type(objective).start_head is not VisionObjective.start_head and name not in session.given
+        if starts and _first_stage(session.recipe, name) is stage:
+            if session.accelerator.is_main_process:
+                start_head(objective, name, _tokens(session, name))
+            _share(session, objective)
+
+
+def start_head(objective: VisionObjective, name: str, batches: Iterable[EditInputs]) -> None:
+    """Start the head of one objective; what it draws from torch's generator depends on the seed alone."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(Moment(objective.context.seed).seed_of("start", name))
+        called(objective, name, "start_head", batches)
+
+
+def _tokens(session: Session, name: str) -> Iterator[EditInputs]:
+    moment = Moment(session.recipe.seed, "start")
+    for batch in _batches(session, name):
+        with session.accelerator.autocast():
+            inputs = visual_tokens(session.lmm, batch, name, moment)
+        yield inputs
+
+
+def pictures(session: Session | Assembly, name: str) -> Iterator[TeacherInputs]:
     """The pictures of the first stage that an objective is active in, in seeded order, again and again."""
-    recipe, device = session.recipe, session.device
-    stage = next(entry for entry in recipe.stages if name in recipe.active(entry))
-    rule, found = session.learner.rules[name], False
+    rule = session.learner.rules[name]
+    return (teacher_inputs(batch, rule, session.lmm.encoder) for batch in _batches(session, name))
+
+
+def _first_stage(recipe: Recipe, name: str) -> Stage | None:
+    return next((entry for entry in recipe.stages if name in recipe.active(entry)), None)
+
+
+def _batches(session: Session | Assembly, name: str) -> Iterator[Batch]:
+    stage, found = _first_stage(session.recipe, name), False
+    device = next(session.lmm.parameters()).device
+    assert stage is not None
     data = session.data.stage(stage, only=name)
     while True:
         for work in data.steps():
             for batch in (batch for batch in work.batches if name in batch.rows and not batch.rows[name].dummy):
                 found = True
-                yield teacher_inputs(batch.to(device), rule, session.lmm.encoder)
+                yield batch.to(device)
         if not found:
-            raise DataError(f"stage {stage.name} has no picture for objective '{name}', whose teacher is to be fitted")
+            raise DataError(f"stage {stage.name} has no picture for objective '{name}', which is fitted to them")

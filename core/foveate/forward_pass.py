@@ -228,7 +228,16 @@ def teacher_inputs(
         return _full(made[layer_index(layer, depth)].flatten(0, 1))
 
     prepared = [batch.views[number].get(rule.view, {}) for number in rows.numbers]
-    return TeacherInputs([image.record for image in rows.images], prepared, read, encoder.spec.grid)
+    return TeacherInputs([image.record for image in rows.images], prepared, read, encoder.spec.grid, encoder)
+
+
+@torch.no_grad()
+def visual_tokens(lmm: LMM, batch: Batch, name: str, moment: Moment) -> EditInputs:
+    """The visual tokens of an objective's images, before any edit; none of images that the model does not see."""
+    rows: ObjectiveRows = batch.rows[name]
+    shown = [number for number, image in zip(rows.numbers, rows.whole, strict=True) if image.record.tokens]
+    tokens = _full(lmm.see(batch.pixels[shown]).tokens) if shown else batch.pixels.new_zeros(0, lmm.llm.width)
+    return EditInputs(rows.whole, name, moment, tokens, tokens.new_zeros(len(tokens), dtype=torch.bool))
 
 
 def check_wishes(wishes: Mapping[str, str]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,32 @@ class Gallery:
         for name in self._drawing(names):
             with _noting(failed, [name]):
                 stage, company = self._company(name)
-                for number, (data, template) in enumerate(self._sources(stage)):
+                for origin, data, template in self._sources(stage):
                     rules = self._rules(company, template)
                     found = self._first(name, data, rules, count)
                     if found:
-                        key = (stage.name, company, number, tuple(found))
+                        key = (stage.name, company, origin, tuple(found))
                         scenes.setdefault(key, _Scene(rules, stage, list(found.values()), [])).names.append(name)
                         break
         return self._drawn(names, scenes.values(), seed, step, failed)
+
+    def seen(self, name: str, seed: int | None = None, step: int = 0) -> Iterator[tuple[str, Seen]]:
+        """What an objective sees of the run's own data, a micro-batch at a time, in order: for analyses.
+
+        Beside it where the data come from: `evaluate`, `validate` or `train`, the first of them with images for the
+        objective. They are read as they are asked for, at most 2,000 samples. Raises `UserError` for an objective that
+        is not there.
+        """
+        [name] = self._names([name])
+        stage, company = self._company(name)
+        moment = Moment(self.recipe.seed if seed is None else seed, stage.name, step)
+        for origin, data, template in self._sources(stage):
+            rules, found = self._rules(company, template), False
+            for batch in self._packed(self._opened(name, data, rules), rules):
+                found = True
+                yield origin, self._look(batch, moment, rules)[name]
+            if found:
+                break
 
     def _names(self, objectives: Collection[str] | None) -> list[str]:
         known = list(self.recipe.objectives)
@@ -118,31 +136,45 @@ class Gallery:
         chosen = tuple(self.learner.rules[name] for name in company)
         return replace(self.data.rules(last, template), objectives=chosen, max_length=longest)
 
-    def _sources(self, stage: Stage) -> Iterator[tuple[Sequence[DataSource], str | None]]:
-        """Where pictures of the run's own data come from, and their template; the best first."""
+    def _sources(self, stage: Stage) -> Iterator[tuple[str, Sequence[DataSource], str | None]]:
+        """Where the run's own data come from, in a word, these, and their template; the best first."""
         last = self.recipe.stages[-1]
         if self.recipe.evaluate is not None:
-            yield self.recipe.evaluate.data, self.recipe.evaluate.template
+            yield "evaluate", self.recipe.evaluate.data, self.recipe.evaluate.template
         if last.validate_ is not None:
-            yield last.validate_.data, None
-        yield stage.data, stage.template
+            yield "validate", last.validate_.data, None
+        yield "train", stage.data, stage.template
 
     def _first(self, name: str, data: Sequence[DataSource], rules: SampleRules, count: int) -> dict[int, Sample]:
         """Position → sample of the first ones with up to `count` pictures for an objective, one more if it must be."""
-        mixture, found, pictures = Mixture(self.data.sources(data), shuffle=False), dict[int, Sample](), 0
-        for position in range(min(len(mixture), _SEARCHED)):
-            number, index = mixture.sample_at(0, position)
-            source = mixture.sources[number]
-            try:
-                sample = build_sample(source.dataset[index], rules, source.objectives)
-                mine = sum(name in record.objectives for record in sample.images)
-                if mine and (not found or pictures + mine <= count):
+        found, pictures = dict[int, Sample](), 0
+        for position, sample, mine in self._samples(name, data, rules):
+            with suppress(SampleError):
+                if not found or pictures + mine <= count:
                     found[position], pictures = load_pixels(sample, rules), pictures + mine
-            except SampleError:  # training has said what there is to say about it
-                continue
             if pictures >= count:
                 break
         return found
+
+    def _opened(self, name: str, data: Sequence[DataSource], rules: SampleRules) -> Iterator[Sample]:
+        """The samples with pictures for an objective."""
+        for _, sample, _ in self._samples(name, data, rules):
+            with suppress(SampleError):
+                yield load_pixels(sample, rules)
+
+    def _samples(self, name: str, data: Sequence[DataSource], rules: SampleRules) -> Iterator[tuple[int, Sample, int]]:
+        """Position, sample, its pictures not opened, and how many of them are for an objective, where some are.
+
+        Defective ones are left out: training has said what there is to say about them.
+        """
+        mixture = Mixture(self.data.sources(data), shuffle=False)
+        for position in range(min(len(mixture), _SEARCHED)):
+            number, index = mixture.sample_at(0, position)
+            source = mixture.sources[number]
+            with suppress(SampleError):
+                sample = build_sample(source.dataset[index], rules, source.objectives)
+                if mine := sum(name in record.objectives for record in sample.images):
+                    yield position, sample, mine
 
     def _drawn(
         self, names: Sequence[str], scenes: Collection[_Scene], seed: int | None, step: int,
@@ -152,17 +184,18 @@ class Gallery:
         for scene in scenes:
             moment = Moment(self.recipe.seed if seed is None else seed, scene.stage.name, step)
             with torch.no_grad(), _noting(failed, scene.names):
-                for batch in self._packed(scene):
-                    seen = self._look(batch, moment, scene)
+                for batch in self._packed(scene.samples, scene.rules):
+                    seen = self._look(batch, moment, scene.rules)
                     for name in (name for name in scene.names if name in seen and name not in (failed or ())):
                         with _noting(failed, [name]):
                             pictures[name] += self._visualized(name, seen[name])
         return pictures
 
-    def _look(self, batch: Batch, moment: Moment, scene: _Scene) -> dict[str, Seen]:
+    @torch.no_grad()
+    def _look(self, batch: Batch, moment: Moment, rules: SampleRules) -> dict[str, Seen]:
         device, compute = next(self.learner.parameters()).device, self.recipe.precision.compute
         with torch.autocast(device.type, torch.bfloat16, enabled=compute == "bf16"):
-            return self.learner.look(batch.to(device), moment, [rule.name for rule in scene.rules.objectives])
+            return self.learner.look(batch.to(device), moment, [rule.name for rule in rules.objectives])
 
     def _visualized(self, name: str, seen: Seen) -> list[Picture]:
         objective: Any = self.learner.objectives[name]
@@ -178,15 +211,16 @@ class Gallery:
             raise PluginError(f"objective '{name}': visualize must return a list of Picture(title, PIL image)")
         return list(drawn)
 
-    def _packed(self, scene: _Scene) -> Iterator[Batch]:
+    def _packed(self, samples: Iterable[Sample], rules: SampleRules) -> Iterator[Batch]:
         """The samples as packed rows under the recipe's token budget, in order."""
         budget, row = self.recipe.hardware.tokens_per_microbatch, list[Sample]()
-        for sample in scene.samples:
+        for sample in samples:
             if row and sum(entry.length for entry in row) + sample.length > budget:
-                yield pack(row, scene.rules.objectives)
+                yield pack(row, rules.objectives)
                 row = []
             row.append(sample)
-        yield pack(row, scene.rules.objectives)
+        if row:
+            yield pack(row, rules.objectives)
 
 
 def draws(objective: type[VisionObjective]) -> bool:

@@ -5,30 +5,30 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import ConfigDict
-from safetensors.torch import load_file
 
-from foveate import options as _options
 from foveate.assembly import HEADS, build_objectives
+from foveate.checkpoint import read_tensors
+from foveate.data.elsewhere import elsewhere
 from foveate.data_room import DataRoom
-from foveate.errors import DataError, ModelError, PluginError, RecipeError, RunError
+from foveate.errors import ModelError, PluginError, RecipeError, RunError
 from foveate.files import read_json
 from foveate.fitting import ENCODER, FIT, WEIGHTS, fitted_before, stored_fit
 from foveate.gallery import Gallery, Pictures
 from foveate.learner import Learner
 from foveate.model.build import CARD, blueprint, build_lmm, load_strictly
 from foveate.model.lmm import LMM, PARTS
-from foveate.plugins import Plugins, Registration, installed_plugins
+from foveate.plugins import Plugins, installed_plugins
 from foveate.precision import DTYPES
 from foveate.recipe import Recipe
 from foveate.recipe_file import load_recipe
-from foveate.run import MANIFEST, RECIPE, Run
+from foveate.run import RECIPE, Run
 from foveate.targets import TeacherRoom
 
 MODEL = "model"
@@ -77,16 +77,18 @@ class LoadedRun:
 
 
 def load_run(
-    folder: str | Path, *, device: torch.device | str | None = None, plugins: Plugins | None = None
-) -> LoadedRun:
+    folder: str | Path, *, device: torch.device | str | None = None, plugins: Plugins | None = None,
+    changes: Sequence[str] = (),
+) -> LoadedRun:  # fmt: skip
     """Opens a finished run on `device` (default: the accelerator where there is one); needs nothing but its folder.
 
-    Its data may have moved: then only reading them is an error. `plugins` default to what is installed. Raises
+    Its data may have moved: then only reading them is an error. `plugins` default to what is installed. `changes` of
+    its recipe, as `KEY=VALUE`: options of objectives that change no weight, such as how they draw. Raises
     `RunError` where the folder is not a run, has no model yet, or needs what is not installed here.
     """
     folder = Path(folder).expanduser().resolve()
     check_run(folder)
-    recipe = _recipe(folder, plugins or installed_plugins())
+    recipe = _recipe(folder, plugins or installed_plugins(), changes)
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         device = found if found is not None else "cpu"
@@ -103,7 +105,7 @@ def load_run(
             raise RunError(f"{place} is missing: the head of objective '{name}' was there when the run had finished.")
         objective.to(dtype=full)
         try:
-            load_strictly(objective, load_file(place / WEIGHTS), ("",), f"objective '{name}' in {place}")
+            load_strictly(objective, read_tensors(place / WEIGHTS), ("",), f"objective '{name}' in {place}")
         except ModelError as error:
             raise RunError(f"{error}. {_advice(folder)}") from error
         objective.to(device)
@@ -124,50 +126,29 @@ def check_run(folder: Path) -> None:
     if not (folder / MODEL / CARD).is_file():
         moved = "" if Run(folder).recipe()["output"] == str(folder) else f" --set output={folder}"
         command = f"foveate train {folder / RECIPE} --resume{moved}"
-        raise RunError(f"{folder} has no model yet: the run has not finished. Go on with it: {command}")
+        damaged = f"{folder / MODEL / CARD} is missing" if (folder / MODEL).is_dir() else "the run has not finished"
+        raise RunError(f"{folder} has no model yet: {damaged}. Go on with it: {command}")
 
 
-def _recipe(folder: Path, plugins: Plugins) -> Recipe:
-    """The run's recipe, its model that of the run; data that cannot be found are left until somebody reads them."""
+def _recipe(folder: Path, plugins: Plugins, changes: Sequence[str]) -> Recipe:
+    """The run's recipe, changed, its model that of the run; data that are not there are left until somebody reads."""
     places = {"output": str(folder), "model": {"from": str(folder / MODEL)}}
-    here = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in places.items()]
-    try:
+    here = [*changes, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in places.items())]
+    with suppress(RecipeError, PluginError):
         return load_recipe(folder / RECIPE, here, plugins=plugins)
-    except (RecipeError, PluginError):
-        elsewhere = replace(plugins, names={**plugins.names, "datasets": _Anything()})
     try:
-        return load_recipe(folder / RECIPE, [*here, "evaluate=null"], plugins=elsewhere)
+        return load_recipe(folder / RECIPE, [*here, "evaluate=null"], plugins=elsewhere(plugins))
     except (RecipeError, PluginError) as error:
-        raise RunError(f"{folder} cannot be opened: {error}\n{_advice(folder)}") from error
+        advice = "These changes do not go with it." if changes else _advice(folder)
+        raise RunError(f"{folder} cannot be opened: {error}\n{advice}") from error
 
 
 def _advice(folder: Path) -> str:
     """What the run was trained with, and that this is needed again."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = Run(folder).manifest()
     used = ", ".join(f"{name} {version}" for name, version in manifest["plugins"].items())
-    return f"The run was trained with foveate {manifest['versions']['foveate']} and the plugins {used}: install these."
-
-
-class _Elsewhere:
-    """Stands for a data set whose files or plugin are not here; only opening it is an error."""
-
-    class Options(_options.Options):
-        """Whatever the recipe says."""
-
-        model_config = ConfigDict(extra="allow")
-
-    def __init__(self, options: Options) -> None:
-        raise DataError(f"these data of the run are not here: {options.model_dump(mode='json')}")
-
-
-class _Anything(dict[str, Registration]):
-    """Every name as a data set that is elsewhere."""
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-    def __getitem__(self, name: str) -> Registration:
-        return Registration("datasets", name, _Elsewhere, "foveate")
+    release = manifest["versions"].get("foveate")
+    return f"The run was trained with foveate {release} and the plugins {used}: install these."
 
 
 def _load_teacher(folder: Path, recipe: Recipe, name: str, learner: Learner) -> None:
@@ -185,9 +166,9 @@ def _load_teacher(folder: Path, recipe: Recipe, name: str, learner: Learner) -> 
     teacher = teachers.of(name)
     if teacher is None:
         raise RunError(f"{stored} holds a fitted teacher, and objective '{name}' builds none. {_advice(folder)}")
-    load_strictly(teacher, load_file(stored / WEIGHTS), ("",), f"the teacher in {stored}")
+    load_strictly(teacher, read_tensors(stored / WEIGHTS), ("",), f"the teacher in {stored}")
     teachers.fitted[key] = read_json(stored / FIT)["told"]
     if (stored / ENCODER).is_file():
         encoder = copy.deepcopy(learner.lmm.encoder).eval().requires_grad_(False)
-        load_strictly(encoder, load_file(stored / ENCODER), ("",), f"the encoder in {stored}")
+        load_strictly(encoder, read_tensors(stored / ENCODER), ("",), f"the encoder in {stored}")
         teachers.encoders[key] = encoder

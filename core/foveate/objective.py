@@ -20,6 +20,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -357,7 +358,8 @@ class Targets(Sequence[Mapping[str, Tensor]]):
 class TeacherInputs:
     """Pictures for a teacher. `prepared`: what `prepare_image` made, one an image, on the teacher's device.
 
-    Floating-point entries come in the teacher's dtype when it encodes.
+    Floating-point entries come in the teacher's dtype when it encodes. `encoder`: the model's, for a teacher that has
+    to know whose states it reads; not to be run.
     """
 
     def __init__(
@@ -366,13 +368,14 @@ class TeacherInputs:
         prepared: Sequence[Mapping[str, Tensor]],
         encoder_states: Callable[[Layer], Tensor] | None = None,
         encoder_grid: Grid = (0, 0),
+        encoder: nn.Module | None = None,
     ):
         self.records, self.prepared, self.encoder_grid = tuple(records), tuple(prepared), encoder_grid
-        self._encoder_states = encoder_states
+        self._encoder_states, self.encoder = encoder_states, encoder
 
     def with_prepared(self, prepared: Sequence[Mapping[str, Tensor]]) -> TeacherInputs:
         """The same pictures, prepared otherwise."""
-        return TeacherInputs(self.records, prepared, self._encoder_states, self.encoder_grid)
+        return TeacherInputs(self.records, prepared, self._encoder_states, self.encoder_grid, self.encoder)
 
     def stack(self, name: str) -> Tensor:
         """The entry `name` of every picture, `[I, …]`."""
@@ -438,6 +441,9 @@ class Teacher(nn.Module):
     def fit(self, batches: Iterable[TeacherInputs]) -> Mapping[str, float]:
         """As `VisionObjective.fit_teacher`."""
         raise ModelError(f"teacher {type(self).__name__} cannot be fitted")
+
+    def save(self, folder: Path) -> None:
+        """Write a fitted teacher into its folder of the run in a format that others load, beside what core keeps."""
 
 
 class VisionObjective(nn.Module):
@@ -542,6 +548,14 @@ class VisionObjective(nn.Module):
     def edit_visual_tokens(self, inputs: EditInputs) -> Edit | None:
         """New visual tokens for the LLM, out of place. Several editors run in the recipe's order."""
         return None
+
+    def start_head(self, batches: Iterable[EditInputs]) -> None:
+        """Start the head from the user's own pictures: a pool of visual tokens, a codebook's means.
+
+        Called on the main process before the first stage that it is active in, unless its head comes from a model; all
+        processes get the result. `batches`: that stage's visual tokens in seeded order, without gradients, again and
+        again; take as many as needed.
+        """
 
     def embed_extra_tokens(self, images: Sequence[ImageRows]) -> Tensor:
         """The LLM's inputs at the extra tokens of `images`, `[all extra tokens, D]`, image after image."""

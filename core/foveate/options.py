@@ -9,9 +9,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
 
 
 class Options(BaseModel):
-    """Base of all options: unknown keys are errors, values are immutable, every field carries a description."""
+    """Base of all options: unknown keys are errors, numbers finite, values immutable; every field has a description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def recipe_folder(info: ValidationInfo) -> Path:
@@ -20,8 +22,19 @@ def recipe_folder(info: ValidationInfo) -> Path:
     return Path((context.get("folders") or {}).get(info.field_name) or context.get("folder", "."))
 
 
+def absolute(path: str | Path, folder: Path) -> Path:
+    """A path of a recipe, `~` expanded, relative to `folder`. Raises `ValueError` for what can be no path."""
+    try:
+        found = folder / Path(path).expanduser()
+        found.resolve().exists()
+        return found
+    except (OSError, RuntimeError, ValueError) as error:  # unknown users, loops of links, NUL, names too long
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(path)[:200]!r} cannot be a path: {reason}") from None
+
+
 def _resolve(path: Path, info: ValidationInfo) -> Path:
-    return (recipe_folder(info) / path.expanduser()).resolve()
+    return absolute(path, recipe_folder(info)).resolve()
 
 
 def _existing(path: Path, info: ValidationInfo) -> Path:

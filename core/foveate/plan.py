@@ -44,14 +44,17 @@ class PartRow:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage. `samples` of an epoch; `tokens_per_step` (visual tokens included) is an estimate, None without one."""
+    """One stage. `samples` of an epoch; `tokens_per_step` (visual tokens included) is an estimate, None without one.
+
+    Without data `samples` and `epochs` are None, and `steps` too where the recipe gives none.
+    """
 
     name: str
     parts: list[PartRow]
-    samples: int
+    samples: int | None
     batch_size: int
-    steps: int
-    epochs: float
+    steps: int | None
+    epochs: float | None
     tokens_per_step: int | None
 
 
@@ -72,19 +75,24 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(recipe: Recipe, room: DataRoom) -> Plan:
+def make_plan(recipe: Recipe, room: DataRoom, data: bool = True) -> Plan:
     """The plan of a recipe with its data `room`. The model takes no memory for weights; some samples are tokenized.
+
+    Without `data`, nothing of them is read, and what depends on them stays unknown.
 
     Raises what would else stop the training, at its start or hours later: trackers that are not installed, rules that
     select nothing, parts that do not fit together, a template without a generation mask.
     """
     check_trackers(recipe.trackers)
     warnings = list[str]()
+    vocabulary: int | None = None
     try:
-        vocabulary: int | None = len(room.tokenizer)
+        vocabulary = len(room.tokenizer) if data else None
     except ModelError as error:
-        vocabulary = None
         warnings.append(f"tokens are not estimated: {error}")
+    if not data and not isinstance(room.plan.tokenizer, str):
+        why = "the tokenizer is trained on data that were not read; the vocabulary is that of the LLM's config"
+        warnings.append(why)
     with torch.device("meta"):
         lmm = build_lmm(room.plan, vocabulary, load_weights=False)
         objectives = build_objectives(recipe, room.plan, lmm)
@@ -101,20 +109,29 @@ def make_plan(recipe: Recipe, room: DataRoom) -> Plan:
         shown = {part: module for part, module in modules.items() if part in (*PARTS, *recipe.active(stage))}
         with torch.device("meta"):
             parts = part_rows(copy.deepcopy(shown), stage, recipe.precision)
-        rules: Any = room.rules(stage) if vocabulary else None
-        data = StageData(
-            room.sources(stage.data), rules, batch_size=stage.batch_size, epochs=stage.epochs, max_steps=stage.max_steps
-        )
-        tokens = None
-        if rules:
-            found = _tokens_of_a_sample(data.mixture, rules, f"{stage.name}: ", bool(rules.objectives), warnings)
-            tokens = round(found * stage.batch_size)
-        epochs, total = data.total_steps / data.steps_per_epoch, data.total_steps
-        stages.append(StagePlan(stage.name, parts, len(data.mixture), stage.batch_size, total, epochs, tokens))
-        if stage.warmup >= total:
-            warnings.append(f"{stage.name}: all of its {total} steps are warm-up")
+        stages.append(_stage_plan(room, stage, parts, vocabulary is not None, data, warnings))
     image, (rows, columns) = room.plan.encoder_spec().image_size, room.plan.visual_grid()
     return Plan(recipe.name, str(recipe.output), image, rows * columns, recipe.precision.compute, stages, warnings)
+
+
+def _stage_plan(
+    room: DataRoom, stage: Stage, parts: list[PartRow], tokenize: bool, data: bool, warnings: list[str]
+) -> StagePlan:
+    """The stage's length; and its tokens, where there is a tokenizer."""
+    if not data:
+        return StagePlan(stage.name, parts, None, stage.batch_size, stage.max_steps, None, None)
+    rules: Any = room.rules(stage) if tokenize else None
+    read = StageData(
+        room.sources(stage.data), rules, batch_size=stage.batch_size, epochs=stage.epochs, max_steps=stage.max_steps
+    )
+    tokens = None
+    if rules:
+        found = _tokens_of_a_sample(read.mixture, rules, f"{stage.name}: ", bool(rules.objectives), warnings)
+        tokens = round(found * stage.batch_size)
+    epochs, total = read.total_steps / read.steps_per_epoch, read.total_steps
+    if stage.warmup >= total:
+        warnings.append(f"{stage.name}: all of its {total} steps are warm-up")
+    return StagePlan(stage.name, parts, len(read.mixture), stage.batch_size, total, epochs, tokens)
 
 
 def part_rows(modules: Mapping[str, nn.Module], stage: Stage, precision: Precision) -> list[PartRow]:
@@ -186,7 +203,8 @@ def render(plan: Plan, display: Display) -> None:
     notes = [f"an image: {plan.image_size} px, {plan.visual_tokens} visual tokens; computes in {plan.compute}"]
     for stage in plan.stages:
         tokens = f"; about {stage.tokens_per_step:,} tokens a step" if stage.tokens_per_step else ""
-        length = f"{stage.steps:,} steps of {stage.batch_size} samples, {stage.epochs:.3g} epochs of {stage.samples:,}"
-        notes.append(f"{stage.name}: {length}{tokens}")
+        steps = f"{stage.steps:,} steps" if stage.steps else "steps"
+        passes = f", {stage.epochs:.3g} epochs of {stage.samples:,}" if stage.epochs else "; the data were not read"
+        notes.append(f"{stage.name}: {steps} of {stage.batch_size} samples{passes}{tokens}")
     columns = ("stage", "part", "", "parameters", "trained", "lr", "dtype")
     display.table(plan.name, columns, rows, [*notes, *(f"note: {warning}" for warning in plan.warnings)])

@@ -10,6 +10,7 @@ import pydantic
 from pydantic import AfterValidator, Field, PlainValidator, ValidationInfo
 
 from foveate.explain import did_you_mean, each, said
+from foveate.options import absolute
 from foveate.recipe_fields import (
     NOT_EMPTY,
     PARTS,
@@ -93,7 +94,7 @@ def _train(value: Any, info: ValidationInfo) -> dict[str, TrainRule]:
 
     def check(part: str, rule: Any) -> TrainRule:
         if part not in PARTS and objectives is not None and part.partition(".")[0] not in objectives:
-            raise said(f"unknown part '{part}'{did_you_mean(part, {*PARTS, *objectives})}")
+            raise said(f"unknown part {part!r}{did_you_mean(part, {*PARTS, *objectives})}")
         if part not in PARTS and active is not None and part.partition(".")[0] not in active:
             raise said(f"'{part.partition('.')[0]}' is not active in this stage; name it in `objectives`, or not here")
         rule = rule if isinstance(rule, dict | TrainRule) else {"lr": rule}
@@ -106,7 +107,7 @@ class DataSource(Section):
     """A data set (`type`, default `llava`, or `preset`, and its own keys) and how it is used, side by side."""
 
     dataset: Annotated[Component, component("datasets", "llava", SOURCE_KEYS)] = Field(alias=DATASET)
-    weight: float = Field(1.0, gt=0, description="How often its samples are drawn, relative to their number.")
+    weight: float = Field(1.0, gt=0, le=1000, description="How often its samples are drawn, relative to their number.")
     max_samples: Count | None = Field(None, description="Use that many samples at most.")
     objectives: ObjectiveNames | None = Field(None, description="Objectives that apply to it. Default: the stage's.")
 
@@ -153,7 +154,7 @@ class Stage(Section):
         description="Part (`encoder`, `projector`, `llm` or an objective) → learning rate, or the mapping below."
     )
     batch_size: Count = Field(description="Samples of an optimizer step, over all processes.")
-    epochs: float | None = Field(None, gt=0, description="Length in passes over the data; or `max_steps`.")
+    epochs: float | None = Field(None, gt=0, le=1e6, description="Length in passes over the data; or `max_steps`.")
     max_steps: Count | None = Field(None, description="Length in optimizer steps; or `epochs`.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
     warmup: Fraction | Count = Field(0.03, description="Linear warm-up: a fraction of the steps, or a number of steps.")
@@ -213,19 +214,23 @@ class Hardware(Section):
     """Memory and speed. Nothing here changes a gradient."""
 
     tokens_per_microbatch: Count = Field(16384, description="Tokens that run at once: the memory knob.")
-    workers: int = Field(default_factory=_workers, ge=0, description="Loading processes; half of the cores, at most 8.")
-    prefetch: Count = Field(2, description="Batches that a worker prepares ahead.")
+    workers: int = Field(
+        default_factory=_workers, ge=0, le=512, description="Loading processes; half of the cores, at most 8."
+    )
+    prefetch: Annotated[int, Field(gt=0, le=1024)] = Field(2, description="Batches that a worker prepares ahead.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     compile: bool = Field(False, description="`torch.compile` of every block.")
-    threads: Count | None = Field(None, description="CPU threads of a training process. Default: torch's choice.")
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = Field(
+        None, description="CPU threads of a training process. Default: torch's choice."
+    )
 
 
 class Recipe(Section):
     """The whole."""
 
     name: FolderName = Field(description="Name of the run. Default: the file's name.")
-    seed: int = Field(0, ge=0, description="Of everything that is random.")
-    output: Annotated[Path, AfterValidator(lambda path: Path.cwd() / path.expanduser())] = Field(
+    seed: int = Field(0, ge=0, lt=2**32, description="Of everything that is random.")
+    output: Annotated[Path, AfterValidator(lambda path: absolute(path, Path.cwd()))] = Field(
         default_factory=lambda data: Path("runs", data["name"]), description="Run folder, from the current folder; "
         "`runs/NAME`.",
     )  # fmt: skip

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from foveate.explain import did_you_mean, each, explain, said
-from foveate.options import Options, recipe_folder
+from foveate.options import Options, absolute, recipe_folder
 from foveate.registry import Component, resolve
 
 PARTS = ("encoder", "projector", "llm")
@@ -37,7 +37,7 @@ def context_of(info: ValidationInfo) -> dict[str, Any]:
 class Section(Options):
     """Base of the recipe's sections: errors in plain words, paths relative to the file that they were written in."""
 
-    model_config = pydantic.ConfigDict(allow_inf_nan=False, populate_by_name=True, validate_default=True)
+    model_config = pydantic.ConfigDict(populate_by_name=True, validate_default=True)
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
@@ -67,7 +67,7 @@ def _objectives(value: Any, info: ValidationInfo) -> dict[str, Component]:
 
     def check(name: str, options: Any) -> Component:
         if name in RESERVED or not re.fullmatch(r"[\w-]+", name):
-            raise said(f"'{name}' cannot name an objective: letters, digits, _ and -, and not {', '.join(RESERVED)}")
+            raise said(f"{name!r} cannot name an objective: letters, digits, _ and -, and not {', '.join(RESERVED)}")
         return resolve("objectives", {} if options is None else options, info.context, default=name)
 
     return each(value, check)
@@ -79,21 +79,21 @@ def _known(names: str, complaint: str) -> AfterValidator:
     def check(name: str, info: ValidationInfo) -> str:
         known = context_of(info).get(names)
         if known is not None and name not in known:
-            raise said(f"{complaint} '{name}'{did_you_mean(name, known)}")
+            raise said(f"{complaint} {name!r}{did_you_mean(name, known)}")
         return name
 
     return AfterValidator(check)
 
 
 def _folder_name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w .+-]*", name) or name in ("model", "teachers"):
-        raise said(f"'{name}' cannot name a folder of the run: letters, digits, space and _ . + -; not model, teachers")
+    if not re.fullmatch(r"\w[\w .+-]{,199}", name) or name in ("model", "teachers"):
+        raise said(f"{name!r} cannot name a folder of the run: letters, digits, space and _ . + -; not model, teachers")
     return name
 
 
 def _block_slice(text: str) -> str:
     if not re.fullmatch(r"-?\d+:(-?\d+)?|:-?\d+", text):
-        raise said(f"must be a slice of the blocks, such as '-4:' (the last four) or '0:12', not '{text}'")
+        raise said(f"must be a slice of the blocks, such as '-4:' (the last four) or '0:12', not {text!r}")
     return text
 
 
@@ -107,7 +107,7 @@ def _model_source(name: str | None, info: ValidationInfo) -> str | None:
     """A folder, relative to the recipe or (as `output` is) to the current folder, becomes absolute; else a hub id."""
     if name is None:
         return None
-    folders = [(base / Path(name).expanduser()).resolve() for base in (recipe_folder(info), Path.cwd())]
+    folders = [absolute(name, base).resolve() for base in (recipe_folder(info), Path.cwd())]
     if found := [folder for folder in folders if folder.is_dir()]:
         return str(found[0])
     if any(folder.parent.is_dir() for folder in folders) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
@@ -126,7 +126,7 @@ EncoderChoice = Annotated[
 """An option of a teacher: an encoder's preset, or `type` (default `hf`) and its options."""
 
 Dtype = Literal["fp32", "bf16", "fp64"]
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=10**12)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 TemplateName = Annotated[str, _known("templates", "unknown template")]

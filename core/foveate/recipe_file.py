@@ -11,11 +11,12 @@ from pydantic import ValidationError
 
 from foveate.errors import RecipeError
 from foveate.explain import ABSENT
+from foveate.options import absolute
 from foveate.plugins import Plugins, installed_plugins
 from foveate.recipe import Recipe
 from foveate.registry import load_registry
-from foveate.variants import by_name, named_stages, take_out
-from foveate.yaml_tree import Block, Loc, Place, Problem, Tree, merge, parse_yaml, read_yaml
+from foveate.variants import by_name, named_stages, nothing_to_take_out, take_out
+from foveate.yaml_tree import DEEPEST, Block, Loc, Place, Problem, Tree, merge, parse_yaml, read_yaml
 
 
 def load_recipe(
@@ -69,34 +70,43 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[Tree, list[Path]]:
     if not isinstance(tree.root, Block) or "extends" not in tree.root:
         return tree, folders
     extends, above = tree.root.pop("extends"), (*above, path.resolve())
-    parent = path.parent / str(extends)
-    if parent.resolve() in above:
-        wrong = f"the recipes extend each other in a circle: {' → '.join(file.name for file in (*above, parent))}"
-    elif not isinstance(extends, str) or not parent.is_file():
-        wrong = f"no such recipe: {parent}"
-    else:
-        base, more = _read(parent, above)
-        if isinstance(base.root, Block):
-            base.root = base.root.without("name", "output")  # every recipe has a run of its own
-        tree = named_stages(base, tree)
-        places, problems = {**base.places, **tree.places}, [*base.problems, *tree.problems]
-        return Tree(merge(base.root, tree.root), places, problems), [*folders, *more]
-    tree.problems.append(Problem(tree.place(("extends",)), ("extends",), wrong))
-    return tree, folders
+    try:
+        if not isinstance(extends, str):
+            raise ValueError(f"no such recipe: {str(extends)[:100]}")
+        parent = absolute(extends, path.parent)
+        if parent.resolve() in above:
+            circle = " → ".join(file.name for file in (*above, parent))
+            raise ValueError(f"the recipes extend each other in a circle: {circle}")
+        if not parent.is_file():
+            raise ValueError(f"no such recipe: {parent}")
+    except ValueError as error:
+        tree.problems.append(Problem(tree.place(("extends",)), ("extends",), str(error)))
+        return tree, folders
+    base, more = _read(parent, above)
+    if isinstance(base.root, Block):
+        base.root = base.root.without("name", "output")  # every recipe has a run of its own
+    for name, wrong in nothing_to_take_out(base.root, tree.root).items():
+        tree.problems.append(Problem(tree.place(("objectives", name)), ("objectives", name), wrong))
+    tree = named_stages(base, tree)
+    places, problems = {**base.places, **tree.places}, [*base.problems, *tree.problems]
+    return Tree(merge(base.root, tree.root), places, problems), [*folders, *more]
 
 
 def _override(tree: Tree, text: str) -> None:
     """Lay `path.to.key=value` over the tree. The value is YAML; a path in it is relative to the current folder."""
-    place = Place(f"--set {text}")
+    place = Place("--set " + " ".join(text.split())[:200])
     dotted, _, value = text.partition("=")
-    keys = tuple(int(key) if key.isdigit() else key for key in dotted.strip().split("."))
+    words = dotted.strip().split(".")
+    keys = tuple(int(key) if key.isascii() and key.isdigit() and len(key) < 10 else key for key in words)
     if len(keys) > 1 and keys[0] == "stages" and isinstance(tree.root, Block):
         keys = (keys[0], by_name(tree.root.get("stages"), keys[1]), *keys[2:])
     given = parse_yaml(value, Path.cwd(), lambda *position: place)
     tree.problems += [problem._replace(loc=(*keys, *problem.loc)) for problem in given.problems]
-    if "=" not in text or "" in keys:
+    if "=" not in text or "" in keys or not dotted.isprintable() or len(keys) > DEEPEST:
         tree.problems.append(Problem(place, (), "write key=value, such as stages.0.batch_size=8"))
         return
+    for wrong in nothing_to_take_out(tree.root, _replaced(None, keys, given.root)).values():
+        tree.problems.append(Problem(place, keys, wrong))
     try:
         tree.root = _replaced(tree.root, keys, given.root)
     except LookupError as error:

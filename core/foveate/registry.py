@@ -123,7 +123,8 @@ def resolve(
     if base is not None:
         name, options = base.options["type"], merge(base.options.without("type"), options)
     if preset is not None and (base is None or given.get("type", name) != name):
-        mismatch = f"preset '{preset}' is of type '{name}'; leave `type` out" if base else f"unknown preset '{preset}'"
+        mismatch = f"preset '{preset}' is of type '{name}'; leave `type` out"
+        mismatch = mismatch if base else f"unknown preset {str(preset)!r}"
         raise said_at(mismatch + ("" if base else did_you_mean(str(preset), presets)), "preset")
     if name is None:
         raise said_at(f"say which {kind[:-1]}: {', '.join(sorted(registered)) or 'none is installed'}", "type")
@@ -151,7 +152,7 @@ def _unknown(kind: str, name: str, plugins: Plugins, registry: Registry) -> str:
     registered, known = plugins.names.get(kind, {}), registry.known[kind]
     names = {*registered, *registry.presets[kind], *known}
     meant = name if name in known else closest(name, names)
-    sentences = [f"unknown {kind[:-1]} '{name}'" + ("." if meant == name else did_you_mean(name, names))]
+    sentences = [f"unknown {kind[:-1]} {name!r}" + ("." if meant == name else did_you_mean(name, names))]
     plugin = known.get(meant or "") if meant not in registered else None
     if plugin is not None:
         paper = f", arXiv {plugin.paper}" if plugin.paper else ""

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -23,13 +22,14 @@ from PIL import Image
 
 from foveate.errors import PluginError
 from foveate.files import read_json, write_text
+from foveate.fitting import FIT, TEACHERS
 from foveate.gallery import Pictures, draws, last_line, png_ready, save_pictures
 from foveate.loaded import LoadedRun
 from foveate.objective import Picture
 from foveate.plan import make_plan, render
 from foveate.plugins import Plugins
 from foveate.progress import Cell, Display
-from foveate.run import MANIFEST, Run
+from foveate.run import Run
 
 REPORT, PICTURES = "report.html", "pictures"
 SHOWN = 8
@@ -160,18 +160,21 @@ def figure(picture: Picture) -> Figure:
 
 def page(run: LoadedRun, sections: Sequence[Section]) -> str:
     """The HTML of the page; everything but the sections of plugins is escaped."""
-    manifest: Any = read_json(run.run.folder / MANIFEST)
+    manifest = run.run.manifest()
     environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
     environment.filters["cell"], environment.tests["numeric"] = _cell, _numeric
     template = environment.from_string((files("foveate") / "report.html.jinja").read_text(encoding="utf-8"))
-    seconds = [line["step_seconds"] or 0.0 for line in run.metrics()]
+    seconds = [line.get("step_seconds") or 0.0 for line in run.metrics()]
     versions = manifest["versions"]
     facts = [
         f"begun {datetime.fromisoformat(manifest['started']):%Y-%m-%d %H:%M} UTC",
         *([f"resumed {len(manifest['resumed'])} times"] if manifest["resumed"] else []),
         f"{len(seconds):,} steps in {timedelta(seconds=round(sum(seconds)))}",
-        f"foveate {versions['foveate']}",
+        f"foveate {versions.get('foveate')}",
     ]
+    for path in sorted((run.run.folder / TEACHERS).glob(f"*/{FIT}")):
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in read_json(path)["told"].items())
+        facts.append(f"teacher of {path.parent.name} fitted: {numbers}")
     told = [f"{name} {version}" for name, version in {**versions, **manifest["plugins"]}.items()]
     return template.render(name=manifest["name"], facts=facts, sections=sections, versions=told)
 

@@ -57,7 +57,7 @@ def write_plugin(name: str, parent: Path, plugins: Plugins, registry: Registry) 
     if folder.exists():
         raise UserError(f"{folder} exists already; choose another name, or another place with --out")
     template = template_folder()
-    with atomic_folder(folder) as aside:
+    with atomic_folder(folder, seal=False) as aside:
         for source in sorted(template.rglob("*")):
             place = source.relative_to(template)
             if source.suffix in _SUFFIXES and not any(part.startswith((".", "__pycache__")) for part in place.parts):

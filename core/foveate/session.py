@@ -9,20 +9,22 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, gather_object
 
 from foveate.assembly import assemble
 from foveate.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from foveate.data.steps import StageData
 from foveate.data_room import DataRoom
-from foveate.errors import FoveateError, ModelError
+from foveate.errors import FoveateError, ModelError, RunError
 from foveate.learner import Learner
 from foveate.model.build import Blueprint, blueprint, load_strictly
 from foveate.model.language import check_language_model
@@ -36,6 +38,8 @@ from foveate.recipe import Evaluate, Recipe, Stage
 from foveate.run import Run
 from foveate.targets import TeacherRoom
 
+T = TypeVar("T")
+
 
 class Interrupted(FoveateError):
     """Somebody asked for a stop; a checkpoint has been written."""
@@ -44,10 +48,14 @@ class Interrupted(FoveateError):
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a wish that the loop grants after the step at hand. A second signal kills."""
+    """Turns SIGINT and SIGTERM into a wish that the loop grants after the step at hand. A second signal kills.
+
+    Not one within three seconds of the first: a scheduler signals every process, and the launcher hands it on.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._first = math.inf
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -60,8 +68,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self.__exit__()
+        if time.monotonic() - self._first > 3.0:
+            self.__exit__()
+            signal.raise_signal(number)
+        self.requested, self._first = True, min(self._first, time.monotonic())
 
 
 @dataclass
@@ -83,6 +93,8 @@ class Session:
     """The newest one of a run that is resumed, until its stage has taken it."""
     fixed: set[int] = field(default_factory=set)
     """Ids of parameters that an objective froze when it was built: no rule trains them."""
+    given: frozenset[str] = frozenset()
+    """Objectives whose heads came with the model."""
     touched: set[str] = field(default_factory=set)
     """State-dict names of weights that have been trained in earlier stages."""
 
@@ -106,10 +118,12 @@ class Session:
             project_dir=str(recipe.output),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        for stage in recipe.stages:
+        for stage in recipe.stages if accelerator.is_local_main_process else ():  # once a machine
             data.preflight(stage)
         if accelerator.is_main_process:
             render(made, display)
+            many = f"{accelerator.num_processes} processes" if accelerator.num_processes > 1 else "1 process"
+            display.say(f"{many}, the first on {accelerator.device}")
         else:
             display = Display(quiet=True)
         made_of = assemble(recipe, accelerator.device, data)
@@ -124,20 +138,28 @@ class Session:
         session = cls(recipe, run, accelerator, installed_plugins(), plan, data, lmm, learner, display, frozen, stop)
         heads = [parameter for objective in session.objectives.values() for parameter in objective.parameters()]
         session.fixed = {id(parameter) for parameter in heads if not parameter.requires_grad}
+        session.given = made_of.given
         if recipe.trackers:
             accelerator.init_trackers(recipe.name, config={"recipe": str(run.folder)})
         if resume:
             session._restore()
         return session
 
+    def close(self) -> None:
+        """At the end: trackers finish. The process group stays, for another run of these processes."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     def _restore(self) -> None:
         """Weights of the newest checkpoint of the run; what is left of it waits for its stage."""
         folders = [latest_checkpoint(self.run.stage_folder(stage.name)) for stage in self.recipe.stages]
-        newest = next((folder for folder in reversed(folders) if folder), None)
+        [newest] = broadcast_object_list([next((folder for folder in reversed(folders) if folder), None)])
         names = [stage.name for stage in self.recipe.stages]
         if newest is None:
             self.run.cut_metrics(names, names[0], 0)
             return
+        if not newest.is_dir():
+            raise RunError(f"{newest} is not on every machine. They must share the run's folder.")
         self.checkpoint = load_checkpoint(newest)
         own = dict(self.lmm.named_parameters())
         weights = {name: tensor for name, tensor in self.checkpoint.tensors["model"].items() if ".lora_" not in name}
@@ -201,12 +223,16 @@ class Session:
         return self.data.held_out(evaluate.data, self.recipe.stages[-1], evaluate.template, rank, world, False)
 
     def sum_over_processes(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Named numbers, each added up over all processes (which must all name the same)."""
-        if self.accelerator.num_processes == 1:
-            return dict(values)
-        names = sorted(values)
-        local = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device)
-        return dict(zip(names, self.accelerator.reduce(local, "sum").tolist(), strict=True))
+        """Named numbers, each added up over all processes that name it, in their order."""
+        found: dict[str, float] = {}
+        for own in self.of_all_processes([dict(values)]):
+            for name, value in own.items():
+                found[name] = found.get(name, 0) + value
+        return found
+
+    def of_all_processes(self, items: list[T]) -> list[T]:
+        """The items of the first process, of the second, and so on; on every process."""
+        return gather_object(items) if self.accelerator.num_processes > 1 else items
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """A line of `metrics.jsonl`, the trackers, and everybody who listens."""

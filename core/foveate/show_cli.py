@@ -51,19 +51,25 @@ def show(
         Path | None, typer.Option(metavar="DIR", help="Where PNG files go.", show_default="RUN/pictures/show")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the noise.", show_default="the recipe's")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Overrides how an objective draws. Repeatable."),
+    ] = None,
 ) -> None:
     """Draw what a run's objectives make of pictures, and write it as PNG files."""
     if bool(images) == data:
         raise UserError("say which pictures: --images A.png B.png, or --data for some of the run's own.")
     if count is not None and not data:
         raise UserError("--count says how many pictures of --data; without it, all of --images are drawn.")
+    if other := [change for change in changes or () if not change.startswith("objectives.")]:
+        raise UserError(f"--set {other[0]}: only options of objectives change pictures: objectives.NAME.OPTION=VALUE.")
     names = None if objectives is None else [name for name in objectives.split(",") if name]
     _check(run, images or (), names)
     from foveate.gallery import draws, save_pictures
     from foveate.loaded import load_run
     from foveate.progress import Display
 
-    loaded, display = load_run(run), Display()
+    loaded, display = load_run(run, changes=changes or ()), Display()
     if data:
         pictures = loaded.show_data(count or _COUNT, names, seed=seed)
     else:

@@ -136,6 +136,7 @@ class StageLoop:
     def _take_step(self, work: StepBatches, optimizer: Any) -> dict[str, float]:
         """Forward and backward of every micro-batch, one division by the step's counts, one update."""
         session, moment = self.session, Moment(self.session.recipe.seed, self.stage.name, self.step)
+        torch.manual_seed(moment.seed_of("step", session.accelerator.process_index))  # dropout's draws, also resumed
         counts = session.sum_over_processes(
             {
                 **work.counts, "samples": work.samples, "images": work.images, "tokens": work.tokens,
@@ -157,7 +158,7 @@ class StageLoop:
                 session.accelerator.backward(share * loss)
             tally.add(output, batch)
         losses = self._means(tally, counts)
-        where = f"stage {self.stage.name}, step {self.step + 1} (samples {tally.shown()})"
+        where = f"stage {self.stage.name}, step {self.step + 1} (samples {tally.shown()}{' and others' * (share > 1)})"
         for parameter in resting:  # not stepped: no momentum, no decay
             parameter.grad = None
         norm = clip_gradients(self.parts, self.stage.clip, where)
@@ -188,12 +189,13 @@ class StageLoop:
         Raises `TrainingError` where one is not finite.
         """
         found = self.session.sum_over_processes(tally.values())
+        tally.check_statistics(found, self.session.accelerator.num_processes)
         totals = {name.removeprefix("sum/"): value for name, value in found.items() if name.startswith("sum/")}
         if bad := [name for name, total in totals.items() if not math.isfinite(total)]:
             raise TrainingError(
                 f"the loss of '{', '.join(bad)}' is not finite in stage {self.stage.name}, step {self.step + 1}; "
-                f"samples: {', '.join(tally.culprits(bad)[:8]) or 'of other processes'}. The weights are those before "
-                "this step."
+                f"samples: {', '.join(self.session.of_all_processes(tally.culprits(bad))[:8])}. The weights are those "
+                "before this step."
             )
         means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
         weighted = sum(self.session.weight(name) * mean for name, mean in means.items())

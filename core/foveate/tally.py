@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from foveate.errors import PluginError
 from foveate.learner import StepOutput
 from foveate.objective import LossTerm
 from foveate.types import Batch
@@ -30,7 +31,10 @@ class Tally:
         return {name.removeprefix("sum/"): value for name, value in self.values().items() if name.startswith("sum/")}
 
     def values(self) -> dict[str, float]:
-        """`sum/PART`, `metric/PART/NAME` and `count/PART/NAME`, ready to be added up over processes."""
+        """`sum/PART`, `metric/PART/NAME` and `count/PART/NAME`, ready to be added up over processes.
+
+        `statistic/PART/NAME` is 1 where this process has these statistics.
+        """
         found: dict[str, float] = {}
         for output, _ in self.outputs:
             for part, term in output.terms.items():
@@ -39,7 +43,20 @@ class Tally:
                     numbers |= {f"metric/{part}/{name}": total, f"count/{part}/{name}": count}
                 for name, number in numbers.items():
                     found[name] = found.get(name, 0.0) + float(number)
+                found |= {f"statistic/{part}/{name}": 1.0 for name in term.statistics}
         return found
+
+    @staticmethod
+    def check_statistics(found: Mapping[str, float], processes: int) -> None:
+        """Raises `PluginError` where some of the processes, whose values add up to `found`, lack statistics."""
+        for name, having in found.items():
+            kind, _, rest = name.partition("/")
+            if kind == "statistic" and having != processes:
+                part, _, statistic = rest.partition("/")
+                raise PluginError(
+                    f"objective '{part}': {having:.0f} of {processes} processes report the statistics '{statistic}'. "
+                    "Report them in every micro-batch, zero where there is nothing to count."
+                )
 
     def statistics(self, part: str, accelerator: Any) -> dict[str, Tensor]:
         """The statistics of an objective, added up over micro-batches and processes."""

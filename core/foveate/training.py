@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from accelerate.utils import gather_object
-
 from foveate.assembly import save_heads
 from foveate.files import atomic_folder, write_json
-from foveate.fitting import fit_teachers
+from foveate.fitting import fit_teachers, start_heads
 from foveate.loaded import MODEL, LoadedRun
-from foveate.metrics import Answer, Evaluation, evaluate
+from foveate.metrics import Evaluation, evaluate
 from foveate.model.build import save_lmm
+from foveate.processes import together
 from foveate.progress import Display
 from foveate.recipe import Recipe
 from foveate.report import report
-from foveate.run import Run
+from foveate.run import Run, released
 from foveate.session import Session, StopRequest
 from foveate.stage import StageLoop
 
@@ -26,7 +25,7 @@ def train(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
     Raises `UserError` before anything is computed when recipe, data or folder are wrong, `TrainingError` when training
     cannot go on, `Interrupted` after a checkpoint when somebody asks for a stop.
     """
-    with StopRequest() as stop:
+    with together(), StopRequest() as stop, released(recipe.output):
         session = Session.open(recipe, display or Display(recipe.log_every), stop, resume)
         main = session.accelerator.is_main_process
         for stage in recipe.stages:
@@ -35,13 +34,15 @@ def train(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
             if main:
                 session.plugins.hook.stage_started(run=session.run, stage=stage.name)
             fit_teachers(session, stage)
-            StageLoop(session, stage, session.stage_data(stage)).run()
+            loop = StageLoop(session, stage, session.stage_data(stage))
+            start_heads(session, stage)
+            loop.run()
             if main:
                 session.plugins.hook.stage_finished(run=session.run, stage=stage.name)
         save_model(session)
         evaluate_run(session)
         report_run(session)
-        session.accelerator.end_training()
+        session.close()
     return session.run
 
 
@@ -90,10 +91,7 @@ def evaluate_run(session: Session) -> list[Evaluation]:
         with session.accelerator.autocast():
             return learner.predict(batch)  # type: ignore[arg-type]
 
-    def gather(answers: list[Answer]) -> list[Answer]:
-        return gather_object(answers) if session.accelerator.num_processes > 1 else answers
-
-    found = evaluate(metrics, batches, predict, gather)  # type: ignore[arg-type]
+    found = evaluate(metrics, batches, predict, session.of_all_processes)  # type: ignore[arg-type]
     if session.accelerator.is_main_process:
         for evaluation in found:
             session.display.table(evaluation.title, evaluation.columns, evaluation.rows, evaluation.notes)

@@ -34,6 +34,18 @@ def named_stages(base: Tree, over: Tree) -> Tree:
     return Tree(Block({**root, "stages": whole}, root.folders), places, [*over.problems, *problems])
 
 
+def nothing_to_take_out(below: Any, over: Any) -> dict[str, str]:
+    """Objectives that are `false` in `over` but not in `below`, which it is laid on, and what to say of each."""
+    known, wishes = (root.get("objectives") if isinstance(root, Block) else None for root in (below, over))
+    there = [str(name) for name in known] if isinstance(known, Block) else []
+    off = [name for name, value in wishes.items() if value is False] if isinstance(wishes, Block) else []
+    return {
+        name: f"there is no objective '{name}' to take out{did_you_mean(str(name), there)}"
+        for name in off
+        if name not in there
+    }
+
+
 def take_out(tree: Tree) -> None:
     """Removes stages, trained parts and objectives that are `false`, the last also where stages and data name them."""
     if not isinstance(tree.root, Block):
@@ -44,18 +56,12 @@ def take_out(tree: Tree) -> None:
         tree.root["stages"] = stages = [stages[number] for number in kept]
         rest = {loc: place for loc, place in tree.places.items() if loc[:1] != ("stages",) or len(loc) < 2}
         tree.places = rest | _moved(tree.places, {old: new for new, old in enumerate(kept)})
-    parts = [str(part) for block in _blocks(stages) for key in _NAMING for part in _listed(block, key)]
-    named = {part.partition(".")[0] for part in parts}
     for block in _blocks(stages):
         if isinstance(train := block.get("train"), Block):
             block["train"] = train.without(*(part for part, rule in train.items() if rule is False))
     off = [name for name, value in objectives.items() if value is False] if isinstance(objectives, Block) else []
-    if not off:
+    if not off or not isinstance(objectives, Block):
         return
-    for name in off:
-        if name not in named:
-            wrong = f"there is no objective '{name}' to take out{did_you_mean(name, {*named, *objectives} - {name})}"
-            tree.problems.append(Problem(tree.place(("objectives", name)), ("objectives", name), wrong))
     tree.root["objectives"] = objectives.without(*off)
     for block in _blocks(stages):
         for key in _NAMING:
@@ -77,11 +83,6 @@ def _blocks(value: Any) -> Iterator[Block]:
     inner: Any = value.values() if isinstance(value, Block) else value if isinstance(value, list) else ()
     for item in inner:
         yield from _blocks(item)
-
-
-def _listed(block: Block, key: str) -> list[Any]:
-    value = block.get(key)
-    return list(value) if isinstance(value, Block | list) else []
 
 
 def _names(stages: Any) -> list[Any]:

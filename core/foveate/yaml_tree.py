@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+DEEPEST = 40
+"""Levels of mappings and lists in a document, at most."""
+
 Loc = tuple[str | int, ...]
 """Keys and list indices from the root to a value."""
 
@@ -91,7 +94,7 @@ def read_yaml(path: Path) -> Tree:
     name = shown(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = str(error.strerror).lower() if isinstance(error, OSError) else "is not UTF-8 text"
         return Tree(None, {(): Place(name)}, [Problem(Place(name), (), reason)])
     return parse_yaml(text, path.parent, lambda line, column: Place(name, line + 1, column + 1))
@@ -99,9 +102,10 @@ def read_yaml(path: Path) -> Tree:
 
 def parse_yaml(text: str, folder: Path, place: Callable[[int, int], Place]) -> Tree:
     """The document `text`; paths in it are relative to `folder`; `place` makes a place of line and column from 0."""
-    tree = Tree(places={(): place(0, 0)})
+    tree, loader = Tree(places={(): place(0, 0)}), None
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
         if node is not None:
             tree.root = _Walk(tree, folder, place).value(node)
     except yaml.MarkedYAMLError as error:
@@ -112,6 +116,11 @@ def parse_yaml(text: str, folder: Path, place: Callable[[int, int], Place]) -> T
         before = text[: error.position].split("\n")
         at = place(len(before) - 1, len(before[-1]))
         tree.problems.append(Problem(at, (), f"YAML syntax: {error.reason}"))
+    except (RecursionError, ValueError, OverflowError) as error:  # PyYAML's own: depth, escapes that are no character
+        mark = loader.get_mark() if loader else None
+        at = place(mark.line, mark.column) if mark else tree.places[()]
+        reason = _TOO_DEEP if isinstance(error, RecursionError) else str(error)
+        tree.problems.append(Problem(at, (), f"YAML syntax: {reason}"))
     return tree
 
 
@@ -125,22 +134,34 @@ _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _WORDS |= {form: value for word, value in _WORDS.items() for form in (word.title(), word.upper())}
 
 
+_INTEGER = re.compile(r"[-+]?\d{1,100}", re.ASCII)  # Python refuses thousands of digits; as text they are told
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+
+
 def _scalar(text: str) -> Any:
     if text in _WORDS:
         return _WORDS[text]
-    if re.fullmatch(r"[-+]?\d+", text):
+    if _INTEGER.fullmatch(text):
         return int(text)
-    return float(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) else text
+    return float(text) if _NUMBER.fullmatch(text) else text
+
+
+_BROKEN = re.compile("[\0\ud800-\udfff]")
+_MOST = 20_000
+_TOO_DEEP = f"nested deeper than {DEEPEST} levels"
 
 
 class _Walk:
-    """Turns nodes into values, and notes places and problems in a tree."""
+    """Turns nodes into values, and notes places and problems in a tree. Raises `MarkedYAMLError` for a bomb."""
 
     def __init__(self, tree: Tree, folder: Path, place: Callable[[int, int], Place]):
         self.tree, self.folder, self.place = tree, folder, place
 
     def value(self, node: yaml.Node, loc: Loc = (), above: tuple[int, ...] = ()) -> Any:
         self.tree.places[loc] = self._at(node)
+        if len(above) > DEEPEST or len(self.tree.places) > _MOST:
+            too = _TOO_DEEP if len(above) > DEEPEST else f"more than {_MOST} values; aliases multiply them"
+            raise yaml.MarkedYAMLError(problem=too, problem_mark=node.start_mark)
         tag, inside = node.tag.removeprefix("tag:yaml.org,2002:"), (*above, id(node))
         if id(node) in above:
             return self._wrong(node, loc, "an alias must not hold itself")
@@ -149,6 +170,8 @@ class _Walk:
         if isinstance(node, yaml.SequenceNode) and tag == "seq":
             return [self.value(item, (*loc, index), inside) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode) and tag in ("plain", "str"):
+            if _BROKEN.search(node.value):
+                return self._wrong(node, loc, "text must not hold NUL or half of a surrogate pair")
             return _scalar(node.value) if tag == "plain" else node.value
         return self._wrong(node, loc, f"tags such as {node.tag} are not read; write a plain value")
 
@@ -156,7 +179,7 @@ class _Walk:
         block = Block()
         for key_node, value_node in node.value:
             key = key_node.value
-            if not isinstance(key, str) or key == "<<":
+            if not isinstance(key, str) or key == "<<" or not key.isprintable():
                 self._wrong(key_node, loc, "a key must be plain text" + (" ('<<' is not read)" if key == "<<" else ""))
             elif key in block:
                 hint = f" (first in line {line})" if (line := self.tree.places[*loc, key].line) else ""

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from foveate import builtin
 from foveate.data.templates import SHIPPED
+from foveate.errors import ModelError
 from foveate.objective import ObjectiveContext
 from foveate.plugins import load_plugins
 from foveate.recipe_file import template_names
@@ -40,6 +42,10 @@ PUBLISHED = {
     "llama-3-8b-instruct": 8_030_261_248, "mistral-7b-instruct-v0.3": 7_248_023_552,
     # autoencoders: LDM's with four channels, as often told; FLUX's has 16, and no convolutions around its latents
     "sd-vae": 83_653_863, "flux-vae": 83_653_863 + 9 * 512 * 36 + 24 - 8 * 9 - 4 * 5,
+    # their layouts, built independently, have as many (tests/plugins/ross); LlamaGen's paper says 72M
+    "kl-16": 69_610_963, "vq-16": 71_883_403,
+    # towers of timm, without their heads: 304.8M with DeiT's, 304.4M with CLIP's projection of EVA-02
+    "deit3-large": 304_763_880 - 1025 * 1000, "eva02-clip-large": 304_432_832 - 1025 * 768,
 }  # fmt: skip
 
 VISUAL_TOKENS = {
@@ -51,7 +57,10 @@ VISUAL_TOKENS = {
 }  # fmt: skip
 
 
-TEACHERS = {"flux-vae": (64, 384), "sd-vae": (16, 384), "dinov2-base": (768, 518), "dinov2-large": (1024, 518)}
+TEACHERS = {
+    "flux-vae": (64, 384), "sd-vae": (16, 384), "kl-16": (16, 384), "vq-16": (8, 384),
+    "dinov2-base": (768, 518), "dinov2-large": (1024, 518), "deit3-large": (1024, 384), "eva02-clip-large": (1024, 336),
+}  # fmt: skip
 """Width of a target row, and side of the pictures in pixels, for a model of 24 x 24 visual tokens."""
 
 
@@ -107,20 +116,38 @@ def test_a_teacher_is_read_by_its_type_and_needs_no_network(name: str) -> None:
     assert spec.grid == (24, 24)
 
 
-@pytest.mark.parametrize("name", ["flux-vae", "sd-vae"])
+@pytest.mark.parametrize("name", ["flux-vae", "sd-vae", "kl-16", "vq-16"])
 def test_an_autoencoder_has_the_published_size(name: str) -> None:
+    options = REGISTRY.presets["teachers"][name].options
     with torch.device("meta"):
-        model = AutoencoderKL(**REGISTRY.presets["teachers"][name].options["config"])
+        model = (VQModel if options["type"] == "vq" else AutoencoderKL)(**options["config"])
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ["deit3-large", "eva02-clip-large"])
+def test_a_tower_of_timm_has_the_published_size_and_weights_on_the_hub(name: str) -> None:
+    encoder = REGISTRY.presets["teachers"][name].options["encoder"]
+    with torch.device("meta"):
+        model = timm.create_model(encoder["name"], num_classes=0)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+    assert timm.models.get_pretrained_cfg(encoder["name"]).hf_hub_id == f"timm/{encoder['name']}"
+
+
+@pytest.mark.parametrize("name", ["kl-16", "vq-16"])
+def test_what_is_to_be_imported_says_so_before_it_trains(name: str) -> None:
+    chosen = resolve("teachers", name, {"plugins": PLUGINS, "registry": REGISTRY})
+    encoder = EncoderSpec(336, (24, 24), 1024, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    with pytest.raises(ModelError, match=r"https://.*foveate import teacher FILE FOLDER.*pretrained: FOLDER"):
+        chosen.cls(chosen.options, ObjectiveContext("some", 4096, 32, (24, 24), encoder))
 
 
 def test_latents_are_scaled_as_published() -> None:
     scales = {}
-    for name in ("flux-vae", "sd-vae"):
+    for name in ("flux-vae", "sd-vae", "kl-16"):
         chosen = resolve("teachers", name, {"plugins": PLUGINS, "registry": REGISTRY})
         config = chosen.cls._config(chosen.options)
         scales[name] = config["shift_factor"], config["scaling_factor"]
-    assert scales == {"flux-vae": (0.1159, 0.3611), "sd-vae": (None, 0.18215)}
+    assert scales == {"flux-vae": (0.1159, 0.3611), "sd-vae": (None, 0.18215), "kl-16": (None, 0.2325)}
 
 
 def test_templates_are_those_of_the_data_path() -> None:

@@ -204,6 +204,25 @@ def test_plan_needs_neither_tokenizer_nor_weights(foveate_command: Command, corp
     assert {row["part"]: row["parameters"] for row in plan["stages"][0]["parts"]}["llm"] == size
 
 
+def test_plan_without_data_shows_the_model(foveate_command: Command, corpus: Path, tmp_path: Path) -> None:
+    """The same parts; of the data nothing, wherever they are. What is wrong with the rest is still an error."""
+    content = recipe_dict(corpus)
+    content["model"] = {**content["model"], "llm": {"config": {**LLM["config"], "vocab_size": 500}}}  # type: ignore[dict-item]
+    stage = content["stages"][0]
+    rest = {key: value for key, value in stage.items() if key != "max_steps"}
+    content["stages"] = [stage, {**rest, "name": "gone", "epochs": 1, "data": [{"path": "gone.json", "images": "no/"}]}]
+    path = write_recipe(tmp_path, content)
+    assert foveate_command("plan", path)[0] == 2
+    status, out, _ = foveate_command("plan", path, "--no-data", "--json")
+    plan = json.loads(out)
+    assert status == 0 and [stage["steps"] for stage in plan["stages"]] == [4, None]
+    assert all(stage["samples"] is stage["epochs"] is stage["tokens_per_step"] is None for stage in plan["stages"])
+    assert plan["stages"][0]["parts"][0]["parameters"] > 0
+    assert any("vocabulary is that of the LLM's config" in warning for warning in plan["warnings"])
+    assert "gone: steps of 12 samples; the data were not read" in foveate_command("plan", path, "--no-data")[1]
+    assert foveate_command("plan", path, "--no-data", "--set", "stages.gone.batch_size=0")[0] == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -225,6 +225,14 @@ def test_a_variant_by_overrides(read: Read) -> None:
     text_only = read(sets=sets, name="whole.yaml")
     assert (dict(text_only.objectives), [stage.batch_size for stage in text_only.stages]) == ({}, [4, 9])
     assert text_only.stages[0].data[0].objectives == ()
+    middle = read("extends: whole.yaml\nobjectives: {second: false}\nstages: {middle: false, last: {frozen: []}}\n")
+    assert list(middle.objectives) == ["sharpen"], "no stage that is left has named it"
+
+
+def test_an_override_takes_out_only_what_is_there(problems: Problems, tmp_path: Path) -> None:
+    (tmp_path / "whole.yaml").write_text(TWO_STAGES)
+    wrong = "--set objectives.sharp=false: objectives.sharp: there is no objective 'sharp' to take out"
+    assert problems(sets=["objectives.sharp=false"], name="whole.yaml") == [f"{wrong}; did you mean 'sharpen'?"]
 
 
 def test_problems_of_a_variant_stand_in_its_file(problems: Problems, tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ class _Inspections(Dataset[tuple[list[Defect], list[tuple[str, int]]]]):
     """Defects and measures of one sample each, of at most `limit` samples of a source, spread over all of it."""
 
     def __init__(self, sources: Sequence[Source], rules: SampleRules, limit: int | None):
-        sizes, self.rules = [(source, len(source.dataset)) for source in sources], rules
-        self.picked = [(s, k * n // m) for s, n in sizes for m in [min(n, limit or n)] for k in range(m)]
+        self.rules, sizes = rules, [(source, len(source.dataset)) for source in sources]
+        wanted = [(source, size, size if limit is None else min(size, limit)) for source, size in sizes]
+        self.picked = [(source, k * size // count) for source, size, count in wanted for k in range(count)]
 
     def __len__(self) -> int:
         return len(self.picked)

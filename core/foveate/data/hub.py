@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from foveate.data.dataset import ConversationDataset
 from foveate.data.llava import conversation, picture_inside
 from foveate.errors import DataError
-from foveate.options import ExistingPath, recipe_folder
+from foveate.options import ExistingPath, absolute, recipe_folder
 from foveate.types import IMAGE_PLACEHOLDER, Conversation
 
 Column = Literal["id", "conversations", "images", "target_images", "question", "answer"]
@@ -31,7 +31,7 @@ class HubDataset(ConversationDataset):
         @field_validator("path")
         @classmethod
         def _local_first(cls, path: str, info: ValidationInfo) -> str:
-            local = (recipe_folder(info) / Path(path).expanduser()).resolve()
+            local = absolute(path, recipe_folder(info)).resolve()
             if not local.exists() and (path.startswith((".", "/", "~")) or path.endswith((".parquet", ".arrow"))):
                 raise ValueError(f"no such file or folder: {local}")
             return str(local) if local.exists() else path

@@ -20,6 +20,7 @@ from foveate.errors import ModelError
 from foveate.types import EncoderSpec, Geometry, ImageRef
 
 MAX_PIXELS = 100_000_000  # with more a picture is refused before it is decoded: a bomb, or a scan to shrink first
+MAX_SIDE, MAX_RATIO = 20_000, 200  # beyond, the padded square, or what is cut to one, is such a bomb
 
 
 @lru_cache(maxsize=16)
@@ -86,22 +87,31 @@ def content_box(size: tuple[int, int], geometry: Geometry) -> tuple[float, float
 
 
 def open_image(ref: ImageRef, where: str) -> Image.Image:
-    """The picture as RGB, upright (EXIF), transparency on white, 16 bits a channel reduced to 8.
+    """The picture as RGB, upright (EXIF), transparency on white, 16 bits a channel reduced to 8: white is 65,535.
 
     Raises `SampleError` of kind "image" with the file's path when it is missing, truncated, corrupt or too large.
     """
     source = ref.source
     try:
+        if isinstance(source, Path) and source.exists() and not source.is_file():
+            raise ValueError("it is not a file")
         if isinstance(source, Path | bytes):
             image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         else:
             image = source() if callable(source) else source
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS}")
+        if max(image.size) > min(MAX_SIDE, MAX_RATIO * min(image.size)):
+            limits = f"sides up to {MAX_SIDE} pixels, and one at most {MAX_RATIO} times the other"
+            raise ValueError(f"{image.width} x {image.height} pixels are beyond the limits: {limits}")
         image.load()
         if image.getexif().get(0x0112, 1) != 1:
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
+        if image.mode in ("I", "F"):
+            least, most = map(float, image.getextrema())  # type: ignore[arg-type]
+            if image.mode == "F" or least < 0 or most >= 2**16:
+                raise ValueError("its values have no known range: write it with 8 or 16 bits")
+        if image.mode.startswith("I"):  # `I;16`, and the same numbers in 32 bits
             image = image.point(lambda value: value / 256).convert("L")
         if image.mode != "RGB" or "transparency" in image.info:
             array: Any = convert_to_rgb(image, return_numpy=True)

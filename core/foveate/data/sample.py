@@ -90,6 +90,21 @@ def build_sample(conversation: Conversation, rules: SampleRules, allowed: Sequen
     raise SampleError("long", where, f"has {sample.length} tokens, max_length is {rules.max_length} ({reason})")
 
 
+def build_prompt(conversation: Conversation, rules: SampleRules) -> Sample:
+    """Tokens and image records of a conversation that ends with a question, up to where its answer begins.
+
+    Raises `SampleError` for placeholders that do not match the images, and where the template leaves nothing to read.
+    """
+    for defect in defects(conversation):
+        if defect.kind == "placeholders":
+            raise defect
+    sample = _tokenize(conversation, rules, (), ask=True)
+    if not sample.length:
+        where = f"sample '{conversation.id}'"
+        raise SampleError("row", where, f"template '{rules.template.name}' makes an empty prompt of it")
+    return sample
+
+
 def load_pixels(sample: Sample, rules: SampleRules) -> Sample:
     """The sample with its pictures opened: `pixels` and `views` filled, each record with its content box.
 
@@ -134,7 +149,9 @@ def _placeholders(conversation: Conversation) -> int:
     return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in conversation.turns)
 
 
-def _tokenize(conversation: Conversation, rules: SampleRules, allowed: Sequence[str] | None) -> Sample:
+def _tokenize(
+    conversation: Conversation, rules: SampleRules, allowed: Sequence[str] | None, ask: bool = False
+) -> Sample:
     """Encode the turns, make each image token a run of visual tokens, and record where the run starts.
 
     Where a conversation was cut, input images beyond its last placeholder go with the turns that showed them.
@@ -145,7 +162,7 @@ def _tokenize(conversation: Conversation, rules: SampleRules, allowed: Sequence[
     supervised = [False] * len(ids)
     if conversation.turns:
         try:
-            ids, supervised = encode(rules.template, rules.tokenizer, conversation.turns)
+            ids, supervised = encode(rules.template, rules.tokenizer, conversation.turns, ask)
         except DataError as error:
             raise SampleError("row", where, str(error)) from None
     labels = [token if learned else IGNORE_INDEX for token, learned in zip(ids, supervised, strict=True)]

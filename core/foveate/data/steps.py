@@ -66,6 +66,7 @@ class StageData(Dataset[StepBatches | FoveateError]):
         self._loader: DataLoader[Any] = DataLoader(  # of a copy: garbage in a circle would not end its workers in order
             copy.copy(self), batch_size=None, sampler=self._order, num_workers=workers, persistent_workers=workers > 0,
             prefetch_factor=prefetch if workers else None, pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_out_of_reach,
         )  # fmt: skip
 
     def steps(self, start: int = 0) -> Iterator[StepBatches]:
@@ -167,3 +168,8 @@ def _advised(error: FoveateError) -> FoveateError:
         return error
     advice = "Mend it (`foveate data check RECIPE` lists all), or set on_bad_sample: skip."
     return SampleError(error.kind, error.where, f"{error.problem}. {advice}")
+
+
+def _out_of_reach(worker: int) -> None:
+    """Ctrl-C and a scheduler signal a whole process group; the step at hand, and a checkpoint, still need its data."""
+    os.setpgrp()

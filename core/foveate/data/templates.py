@@ -69,17 +69,20 @@ def load_template(name: str, tokenizer: Any, system: str | None = None) -> Templ
     return template
 
 
-def encode(template: Template, tokenizer: Any, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+def encode(
+    template: Template, tokenizer: Any, turns: Sequence[Turn], ask: bool = False
+) -> tuple[list[int], list[bool]]:
     """Token ids and whether each is supervised. Every placeholder is one image token: they are not yet expanded.
 
-    Raises `DataError` when the template refuses the conversation.
+    `ask`: with what the template puts before an answer that is still to come (`add_generation_prompt`). Raises
+    `DataError` when the template refuses the conversation.
     """
     messages = [{"role": turn.role, "content": _guard(turn.text, template.special)} for turn in turns]
     if template.system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": template.system})
-    options = {"chat_template": template.source, "return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
+    options = {"return_assistant_tokens_mask": True, "add_generation_prompt": ask, **tokenizer.special_tokens_map}
     try:
-        rendered: Any = render_jinja_template([messages], **options)
+        rendered: Any = render_jinja_template([messages], chat_template=template.source, **options)
         (text,), (spans,) = rendered
         text.encode()  # no tokenizer takes a lone surrogate
     except (TemplateError, UnicodeEncodeError) as error:

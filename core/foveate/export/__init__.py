@@ -69,7 +69,7 @@ def export_model(
         if tensor.is_floating_point():
             tensor.copy_(tensor.to(DTYPES[dtype]))  # what is written is what is checked
     heads = sorted(head.name for head in (folder / "objectives").glob("*"))
-    with atomic_folder(out) as aside:
+    with atomic_folder(out, seal=False) as aside:
         _write(lmm, rules, load_tokenizer(folder).tokenizer, own_code, DTYPES[dtype], aside)
         gap = None
         if check:

@@ -7,18 +7,20 @@ safetensors, and the tokenizer. `from:` accepts such a folder, a run, or a stock
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from foveate.errors import ModelError
+from foveate.errors import FoveateError, ModelError
+from foveate.files import SEAL, check_seal, read_json
 from foveate.model.llava import read_llava
 from foveate.model.lmm import LMM, PARTS
 from foveate.options import Options
@@ -88,17 +90,30 @@ def build_lmm(plan: Blueprint, vocab_size: int | None, load_weights: bool = True
     """
     encoder, projector, llm = (plan.parts[name] for name in PARTS)
     spec = plan.encoder_spec()
-    language = llm.cls(llm.options, vocab_size, load_weights=load_weights and llm.own_weights)
-    lmm = LMM(
-        encoder.cls(encoder.options, load_weights=load_weights and encoder.own_weights),
-        projector.cls(projector.options, spec.width, language.width, spec.grid),
-        language,
-    )
+    with _told("llm"):
+        language = llm.cls(llm.options, vocab_size, load_weights=load_weights and llm.own_weights)
+    with _told("encoder"):
+        vision = encoder.cls(encoder.options, load_weights=load_weights and encoder.own_weights)
+    with _told("projector"):
+        between = projector.cls(projector.options, spec.width, language.width, spec.grid)
+    lmm = LMM(vision, between, language)
     if load_weights and plan.weights is not None:
         borrowed = tuple(f"{name}." for name, part in plan.parts.items() if not part.own_weights)
         state = {name: tensor for name, tensor in plan.weights().items() if name.startswith(borrowed)}
         load_strictly(lmm, state, borrowed, "the model that `from` names")
     return lmm
+
+
+@contextmanager
+def _told(part: str) -> Iterator[None]:
+    """Whatever libraries raise for numbers that make no model, or none that fits into memory, is a `ModelError`."""
+    try:
+        yield
+    except FoveateError:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:500]
+        raise ModelError(f"model.{part} cannot be built from these options: {type(error).__name__}: {what}") from error
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], prefixes: tuple[str, ...], source: str) -> None:
@@ -158,7 +173,8 @@ def _read_source(name: str) -> Blueprint:
         if (folder / CARD).is_file():
             return _read_folder(folder)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ModelError(f"model.from: {name} is neither a run, nor a model folder, nor a stock Llava folder")
+        kinds = f"neither a run, nor a model folder ({CARD}), nor a stock Llava folder (config.json)"
+        raise ModelError(f"model.from: {name} is {kinds}")
     llava = read_llava(name)
     plugins = installed_plugins()
     parts = {
@@ -169,19 +185,30 @@ def _read_source(name: str) -> Blueprint:
 
 
 def _read_folder(folder: Path) -> Blueprint:
-    """A folder that `save_lmm` wrote."""
-    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    plugins = installed_plugins()
-    parts = {
-        name: _part(plugins, name, entry["type"], entry["options"], str(folder))
-        for name, entry in card["parts"].items()
-    }
+    """A folder that `save_lmm` wrote. Raises `RunError` where it is sealed and damaged."""
+    recipe = folder.parent / "recipe.yaml"
+    again = f"delete {folder}, and `foveate train {recipe} --resume` writes it again from the last checkpoint"
+    advice = f"Restore it from a copy{'; or ' + again if recipe.is_file() else ''}."
+    if (folder / SEAL).is_file():
+        check_seal(folder, f"{advice} If you changed it on purpose, delete {folder / SEAL}.")
+    plugins, card = installed_plugins(), read_json(folder / CARD)
+    try:
+        parts = {
+            name: _part(plugins, name, entry["type"], entry["options"], str(folder))
+            for name, entry in ((name, card["parts"][name]) for name in PARTS)
+        }
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise ModelError(f"{folder / CARD} is damaged, or of another release of foveate ({why}). {advice}") from error
 
     def weights() -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                state.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    state.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{file} cannot be read: {error}. {advice}") from error
         return state
 
     return Blueprint(parts, str(folder), weights, card)

@@ -23,6 +23,8 @@ from foveate.options import FolderOrId, Options
 from foveate.types import EncoderSpec
 
 Rgb = tuple[float, float, float]
+DEEPEST = 2000
+"""Blocks of a part, at most: a slip of the keyboard would build for hours."""
 Filter = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
@@ -173,8 +175,8 @@ def config_fields(config: Any) -> dict[str, Any]:
 
 def _configure(mapping: dict[str, Any]) -> Any:
     """A config from `model_type` and fields; ValueError for unknown families, unknown fields and wrong types."""
-    if (model_type := mapping.get("model_type")) not in FAMILIES:
-        hint = " (NaFlex has no fixed grid: take a fixed resolution)" if "siglip2" in str(model_type) else ""
+    if (model_type := str(mapping.get("model_type"))) not in FAMILIES:
+        hint = " (NaFlex has no fixed grid: take a fixed resolution)" if "siglip2" in model_type else ""
         raise ValueError(f"no encoder '{model_type}'{hint}; known to work are {', '.join(FAMILIES)} and `type: timm`")
     known = FAMILIES[model_type].model.config_class
     if unknown := sorted(mapping.keys() - known().to_dict().keys() - {"torch_dtype"}):
@@ -203,6 +205,8 @@ def _architecture(options: TransformersEncoderOptions) -> Any:
     count = config.num_hidden_layers
     layer = options.layer if options.layer is not None else (-2 if options.pretrained and count > 1 else -1)
     kept = layer if layer >= 0 else count + 1 + layer
+    if count > DEEPEST:
+        raise ModelError(f"the encoder has {count} blocks; {DEEPEST} can be built at most")
     if not 0 <= kept <= count:
         raise ModelError(f"the encoder has {count} blocks, so its layers are {-count - 1} to {count}, not {layer}")
     unread = {"vision_use_head": False, "use_mask_token": False}
@@ -212,9 +216,10 @@ def _architecture(options: TransformersEncoderOptions) -> Any:
 
 def _describe(options: TransformersEncoderOptions, config: Any) -> EncoderSpec:
     family, size, patch = FAMILIES[config.model_type], config.image_size, config.patch_size
-    if not isinstance(size, int) or not isinstance(patch, int) or size < patch:
+    if not isinstance(size, int) or not isinstance(patch, int) or not 0 < patch <= size:
         raise ModelError(f"encoders take squares of one patch or more; image_size is {size} and patch_size {patch}")
-    if config.num_channels != 3 or config.hidden_size % config.num_attention_heads:
+    heads, width = config.num_attention_heads, config.hidden_size
+    if config.num_channels != 3 or not 0 < heads <= width or width % heads:
         raise ModelError("encoders need num_channels 3, and a hidden_size that num_attention_heads divides")
     side = size // patch  # SigLIP so400m takes 384 pixels with patches of 14: the last 6 are not read
     prefix = family.cls_tokens + getattr(config, "num_register_tokens", 0) if options.select == "full" else 0

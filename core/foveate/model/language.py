@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from foveate.errors import ModelError
+from foveate.explain import closest
 from foveate.model.attention import NAME, Segments
-from foveate.model.encoder import read_pretrained
+from foveate.model.encoder import DEEPEST, read_pretrained
 from foveate.options import FolderOrId, Options
 
 
@@ -92,6 +93,11 @@ class TransformersLLM(LanguageModel):
     ) -> None:
         super().__init__()
         config = read_config(options)
+        heads, shared = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+        if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+            raise ModelError(f"the LLM's num_attention_heads, {heads}, is no multiple of num_key_value_heads, {shared}")
+        if (count := config.get_text_config().num_hidden_layers) > DEEPEST:
+            raise ModelError(f"the LLM has {count} blocks; {DEEPEST} can be built at most")
         if vocab_size is not None and "vocab_size" not in (options.config or {}) and options.pretrained is None:
             config.vocab_size = vocab_size  # from scratch: as large as the tokenizer needs
         config.use_cache = False
@@ -157,16 +163,19 @@ def read_config(options: TransformersLLMOptions) -> PretrainedConfig:
     """The architecture, without weights. Raises `ModelError` when it can neither be read nor fetched."""
     try:
         if options.config is not None:
-            fields = {key: value for key, value in options.config.items() if key != "model_type"}
-            return AutoConfig.for_model(options.config["model_type"], **fields)
+            fields, kind = dict(options.config), options.config["model_type"]
+            if kind not in CONFIG_MAPPING:
+                near = closest(str(kind), CONFIG_MAPPING)
+                raise ValueError("transformers has none" + (f"; did you mean '{near}'?" if near else ""))
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
         return AutoConfig.from_pretrained(
             str(options.pretrained), revision=options.revision, trust_remote_code=options.trust_remote_code
         )
     except Exception as error:
-        source = f"'{options.config['model_type']}'" if options.config else f"'{options.pretrained}'"
+        source, reason = options.config["model_type"] if options.config else options.pretrained, str(error).split()
         raise ModelError(
-            f"cannot read the architecture of LLM {source}: {error}. Check the name, use a local folder, or a preset "
-            f"of registry.yaml, which carries its config"
+            f"cannot read the architecture of LLM {source!r}: {' '.join(reason)}. Check the name, use a local folder, "
+            f"or a preset of registry.yaml, which carries its config"
         ) from error
 
 
@@ -193,7 +202,12 @@ def check_language_model(llm: LanguageModel, device: torch.device, wishes: bool 
         segments = Segments.of(tuple(len(sample) for sample in samples), device)
         return llm(llm.embed(torch.cat(samples)), positions, segments)
 
-    packed, alone = states(first, second)[5:], states(second)
+    try:
+        packed, alone = states(first, second)[5:], states(second)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise ModelError(f"{name} cannot compute anything with this config: {error}") from error
     if not torch.equal(packed, states(ids[12:17], second)[5:]):
         raise ModelError(f"{name} ignores the boundaries of packed samples: one sample's states depend on another's")
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(packed.dtype, 5e-2)

@@ -51,7 +51,7 @@ class LinearOptions(Options):
 class MLPOptions(LinearOptions):
     """`depth` linear layers, as wide as the LLM, with GELU between them; 2 is LLaVA-1.5's projector."""
 
-    depth: int = Field(2, ge=1, description="Linear layers; GELU between them.")
+    depth: int = Field(2, ge=1, le=64, description="Linear layers; GELU between them.")
 
 
 class PixelShuffleOptions(MLPOptions):

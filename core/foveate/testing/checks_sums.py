@@ -58,7 +58,8 @@ def sums(kit: Kit) -> str:
             "All processes add up metrics by name; a name that one lacks stops the others.",
             "Report every metric always, with count 0 where a batch has nothing for it.",
         )
-    for name, pair in whole.metrics.items():
+    computed = {name: pair for name, pair in whole.metrics.items() if not name.endswith("seconds")}  # no clock
+    for name, pair in computed.items():
         for place, what in enumerate(("sum", "count")):
             values = [part.metrics[name][place] for part in alone]
             scale = math.fsum(map(abs, values))

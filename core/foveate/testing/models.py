@@ -25,14 +25,15 @@ from foveate.data.tokenizer import train_tokenizer
 from foveate.data.views import ObjectiveRule
 from foveate.errors import PluginError, UserError
 from foveate.explain import explain
-from foveate.forward_pass import teacher_inputs
+from foveate.fitting import start_head
+from foveate.forward_pass import teacher_inputs, visual_tokens
 from foveate.learner import Learner
 from foveate.model.build import Blueprint, PartPlan, build_lmm
 from foveate.model.encoder import TransformersEncoder
 from foveate.model.language import TransformersLLM
 from foveate.model.lmm import LMM
 from foveate.model.projector import MLPProjector
-from foveate.objective import Moment, ObjectiveContext, ObjectiveOptions, TeacherInputs, VisionObjective
+from foveate.objective import EditInputs, Moment, ObjectiveContext, ObjectiveOptions, TeacherInputs, VisionObjective
 from foveate.plugins import Plugins, Registration, installed_plugins
 from foveate.registry import load_registry, resolve
 from foveate.targets import TeacherRoom
@@ -217,8 +218,8 @@ def build_objective(chosen: Chosen, lmm: LMM, name: str, seed: int = 0) -> Visio
 class Bench:
     """An objective on a tiny model: `learner`, `objective`, `teachers`, `rules` and `samples`, all in float64.
 
-    Its teacher is fitted where it needs a fit. `objective`: else a fresh one. `teachers_of`: the bench whose teachers
-    it shares. `others`: more objectives, that come before it.
+    Its teacher is fitted where it needs a fit, and a fresh head started. `objective`: else a fresh one. `teachers_of`:
+    the bench whose teachers it shares. `others`: more objectives, that come before it.
     """
 
     def __init__(
@@ -237,6 +238,8 @@ class Bench:
             self.teachers.fit(self.name, self._pictures)
         else:
             self.teachers._teachers.update(teachers_of.teachers._teachers)
+        if objective is None:
+            start_head(self.objective, self.name, self._tokens())
 
     def pack(self, samples: Sequence[Sample]) -> Batch:
         """A packed row of samples, with the stand-in that it may need."""
@@ -249,13 +252,21 @@ class Bench:
 
     def _pictures(self) -> Iterator[TeacherInputs]:
         """Pictures for a fit, batch after batch."""
-        made: list[TeacherInputs] = []
+        return (teacher_inputs(batch, self.rule, self.lmm.encoder) for batch in self._batches("fit_teacher"))
+
+    def _tokens(self) -> Iterator[EditInputs]:
+        """Visual tokens to start the head from, batch after batch."""
+        batches = self._batches("start_head")
+        return (visual_tokens(self.lmm, batch, self.name, Moment(stage="start")) for batch in batches)
+
+    def _batches(self, method: str) -> Iterator[Batch]:
+        made: list[Batch] = []
         for number in range(FIT_LIMIT):
             if number < FIT_PICTURES:
                 samples = [sample for sample in tiny_samples(self.rules, 1000 + number).values() if sample.images]
-                made.append(teacher_inputs(self.pack(samples), self.rule, self.lmm.encoder))
+                made.append(self.pack(samples))
             yield made[number % FIT_PICTURES]
         raise UserError(
-            f"fit_teacher of '{self.name}' took {FIT_LIMIT} batches and asks for more. Batches never end: leave the "
+            f"{method} of '{self.name}' took {FIT_LIMIT} batches and asks for more. Batches never end: leave the "
             "loop when enough pictures have been seen."
         )

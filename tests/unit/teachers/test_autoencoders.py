@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveate.errors import ModelError
-from foveate.teachers.autoencoders import AutoencoderOptions, KLTeacher, VQTeacher
+from foveate.teachers.autoencoders import KLOptions, KLTeacher, VQOptions, VQTeacher
 from foveate.types import Grid
 from tests.unit.teachers.conftest import built, context, inputs, pixels_of
 
@@ -65,7 +65,7 @@ def test_kl_is_the_scaled_posterior_of_diffusers(
     tmp_path: Path, photos: list[Image.Image], grid: Grid, patch: int
 ) -> None:
     model = saved(AutoencoderKL, KL, tmp_path / "some" / "vae").double()
-    options = AutoencoderOptions(pretrained=str(tmp_path / "some"), subfolder="vae", patch=patch)
+    options = KLOptions(pretrained=str(tmp_path / "some"), subfolder="vae", patch=patch)
     teacher = built(KLTeacher, options, context(grid))
     spec, given = KLTeacher.describe(options, context(grid)), inputs(KLTeacher, options, photos, grid)
     side = 4 * patch
@@ -88,7 +88,7 @@ def test_kl_is_the_scaled_posterior_of_diffusers(
 
 def test_kl_decodes_what_diffusers_decodes(tmp_path: Path) -> None:
     model, grid = saved(AutoencoderKL, KL, tmp_path).double(), (2, 3)
-    teacher = built(KLTeacher, AutoencoderOptions(pretrained=str(tmp_path), patch=2), context(grid)).double()
+    teacher = built(KLTeacher, KLOptions(pretrained=str(tmp_path), patch=2), context(grid)).double()
     latents = torch.randn(2, 3, 4, 6, dtype=torch.float64)
     rows = torch.stack([packed((one + 0.21) * 0.37, grid, 2) for one in latents]).requires_grad_()
     pixels = teacher.decode(rows)
@@ -102,7 +102,7 @@ def test_kl_normalizes_by_channel_where_the_config_does(tmp_path: Path, photos: 
     shift, std = [0.3, -0.4, 1.0], [0.5, 2.0, 0.7]
     config = {**KL, "shift_factor": None, "latents_mean": shift, "latents_std": std}
     model, grid = saved(AutoencoderKL, config, tmp_path).double(), (2, 2)
-    options = AutoencoderOptions(pretrained=str(tmp_path))
+    options = KLOptions(pretrained=str(tmp_path))
     teacher = built(KLTeacher, options, context(grid)).double()
     record = teacher.encode(inputs(KLTeacher, options, photos[:1], grid))[0]
     mean = model.encode(pixels_of(photos[0], 8, 8)[None] / 127.5 - 1).latent_dist.mean
@@ -116,7 +116,7 @@ def test_kl_normalizes_by_channel_where_the_config_does(tmp_path: Path, photos: 
 @pytest.mark.parametrize(("grid", "patch"), [((3, 3), 1), ((2, 4), 2)])
 def test_vq_gives_codes_and_their_vectors(tmp_path: Path, photos: list[Image.Image], grid: Grid, patch: int) -> None:
     model = saved(VQModel, VQ, tmp_path).double()
-    options = AutoencoderOptions(pretrained=str(tmp_path), patch=patch)
+    options = VQOptions(pretrained=str(tmp_path), patch=patch)
     teacher = built(VQTeacher, options, context(grid)).double()
     spec = VQTeacher.describe(options, context(grid))
     assert (spec.width, spec.image_size) == (5 * patch**2, (grid[0] * 2 * patch, grid[1] * 2 * patch))
@@ -145,7 +145,7 @@ def test_vq_gives_codes_and_their_vectors(tmp_path: Path, photos: list[Image.Ima
 def test_vq_with_spatial_norms_decodes_as_diffusers(tmp_path: Path) -> None:
     config = {**VQ, "norm_type": "spatial", "block_out_channels": [32, 32], "latent_channels": 5}
     model = saved(VQModel, config, tmp_path).double()
-    teacher = built(VQTeacher, AutoencoderOptions(pretrained=str(tmp_path)), context((2, 2))).double()
+    teacher = built(VQTeacher, VQOptions(pretrained=str(tmp_path)), context((2, 2))).double()
     vectors = model.quantize.embedding.weight[torch.tensor([3, 1, 4, 1])]
     wanted = model.decode(vectors.T.reshape(1, 5, 2, 2), force_not_quantize=True).sample
     torch.testing.assert_close(teacher.decode(vectors[None]), (wanted / 2 + 0.5).clamp(0, 1), atol=1e-9, rtol=1e-9)
@@ -155,7 +155,7 @@ def test_vq_with_spatial_norms_decodes_as_diffusers(tmp_path: Path) -> None:
 def test_from_scratch_and_in_bf16_it_goes_there_and_back(
     cls: type[KLTeacher] | type[VQTeacher], config: dict[str, Any], photos: list[Image.Image]
 ) -> None:
-    grid, options = (2, 3), AutoencoderOptions(config=config, patch=2)
+    grid, options = (2, 3), cls.Options(config=config, patch=2)
     teacher, given = built(cls, options, context(grid)), inputs(cls, options, photos, grid)
     first, again = teacher.encode(given), built(cls, options, context(grid)).encode(given)
     for record, other in zip(first, again, strict=True):
@@ -172,12 +172,12 @@ def test_from_scratch_and_in_bf16_it_goes_there_and_back(
 
 def test_config_stands_for_the_architecture_of_pretrained(tmp_path: Path, photos: list[Image.Image]) -> None:
     saved(AutoencoderKL, KL, tmp_path)
-    grid, plain = (2, 2), AutoencoderOptions(pretrained=str(tmp_path))
-    told = AutoencoderOptions(pretrained=str(tmp_path), config={**KL, "scaling_factor": 0.74, "shift_factor": None})
+    grid, plain = (2, 2), KLOptions(pretrained=str(tmp_path))
+    told = KLOptions(pretrained=str(tmp_path), config={**KL, "scaling_factor": 0.74, "shift_factor": None})
     first = built(KLTeacher, plain, context(grid)).encode(inputs(KLTeacher, plain, photos, grid))[0]["mean"]
     second = built(KLTeacher, told, context(grid)).encode(inputs(KLTeacher, told, photos, grid))[0]["mean"]
     torch.testing.assert_close(second, 2 * (first - 0.21 * 0.37))
-    absent = AutoencoderOptions(pretrained="nobody/nothing", config=KL)
+    absent = KLOptions(pretrained="nobody/nothing", config=KL)
     assert KLTeacher.describe(absent, context(grid)).image_size == (8, 8)
     assert KLTeacher.prepare_image(absent, photos[0], inputs(KLTeacher, plain, photos, grid).records[0])
 
@@ -194,7 +194,7 @@ def test_folders_of_older_diffusers_load(tmp_path: Path) -> None:
     fields = json.loads((tmp_path / "config.json").read_text())
     keys = ("block_out_channels", "down_block_types", "up_block_types", "latent_channels", "norm_num_groups")
     (tmp_path / "config.json").write_text(json.dumps({key: fields[key] for key in keys}))
-    teacher = built(KLTeacher, AutoencoderOptions(pretrained=str(tmp_path)), context((2, 2)))
+    teacher = built(KLTeacher, KLOptions(pretrained=str(tmp_path)), context((2, 2)))
     assert teacher.config["scaling_factor"] == 0.18215
     for name, tensor in teacher.model.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
@@ -202,7 +202,7 @@ def test_folders_of_older_diffusers_load(tmp_path: Path) -> None:
 
 def refused(cls: type[KLTeacher] | type[VQTeacher], match: str, **options: Any) -> None:
     with pytest.raises(ModelError, match=match):
-        built(cls, AutoencoderOptions(**options), context((2, 2)))
+        built(cls, cls.Options(**options), context((2, 2)))
 
 
 def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
@@ -228,9 +228,9 @@ def test_folders_without_an_autoencoder_are_refused(tmp_path: Path) -> None:
     refused(KLTeacher, "config of VQModel", pretrained=str(tmp_path / "vq"))
     refused(KLTeacher, r"subfolder 'vae'.*Check `pretrained`", pretrained=str(tmp_path), subfolder="vae")
     with pytest.raises(ValidationError, match="no such folder"):
-        AutoencoderOptions(pretrained=str(tmp_path / "absent"))
+        KLOptions(pretrained=str(tmp_path / "absent"))
     with pytest.raises(ValidationError, match="give `pretrained`"):
-        AutoencoderOptions(patch=2)
+        KLOptions(patch=2)
 
 
 @pytest.mark.parametrize(
@@ -244,4 +244,4 @@ def test_folders_without_an_autoencoder_are_refused(tmp_path: Path) -> None:
 )
 def test_configs_that_cannot_work_are_refused_without_weights(change: dict[str, Any], match: str) -> None:
     with pytest.raises(ModelError, match=match):
-        KLTeacher.describe(AutoencoderOptions(config={**KL, **change}), context((2, 2)))
+        KLTeacher.describe(KLOptions(config={**KL, **change}), context((2, 2)))

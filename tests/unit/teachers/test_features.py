@@ -77,6 +77,26 @@ def test_an_encoder_of_timm_in_bf16(photos: list[Image.Image]) -> None:
         torch.testing.assert_close(record["features"], wanted, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize("name", ["deit3_small_patch16_224", "eva02_tiny_patch14_224"])
+def test_an_encoder_of_timm_from_a_folder(tmp_path: Path, photos: list[Image.Image], name: str) -> None:
+    """As the hub has it: config.json and model.safetensors, the head among the weights."""
+    patch = 16 if "deit" in name else 14
+    arguments = {"embed_dim": 24, "depth": 3, "num_heads": 3}
+    torch.manual_seed(3)
+    model = timm.create_model(name, img_size=2 * patch, num_classes=5, **arguments).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    encoder = {"type": "timm", "name": name, "image_size": 2 * patch, "layer": -1, "args": arguments}
+    encoder["weights"] = str(tmp_path / "model.safetensors")
+    options = FeatureOptions.model_validate({"encoder": encoder, "normalize": "layer"})
+    teacher = built(FeatureTeacher, options, context((2, 2)), seed=4)
+    given = inputs(FeatureTeacher, options, photos, (2, 2))
+    states = model.forward_intermediates(given.stack("pixels"), indices=[2], output_fmt="NLC", intermediates_only=True)
+    for record, wanted in zip(teacher.encode(given), states[0].detach(), strict=True):
+        centred = wanted - wanted.mean(1, keepdim=True)
+        wanted = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        torch.testing.assert_close(record["features"], wanted, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("layer", [None, 0, 2, 0.5])
 def test_the_models_own_pass(layer: Any) -> None:
     grid, own, asked = (2, 3), (4, 5), []
