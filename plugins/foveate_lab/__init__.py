@@ -1,4 +1,4 @@
-"""What foveate brings along to try it with: the data set ``digits``, its export, answers' accuracy, a run's curves."""
+"""What foveate brings along to try it with: the data set ``digits``, its export, evaluation, a run's curves."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def register_metrics(register: Register) -> None:
 @hookimpl
 def register_commands(register: Register) -> None:
     register("data digits", "foveate_lab.export:data_digits")
+    register("eval", "foveate_lab.eval_cli:eval_model")
 
 
 @hookimpl

@@ -65,10 +65,16 @@ def data_digits(
     per_scene: Annotated[int, typer.Option(min=1, help="Questions per training scene, in one conversation.")] = 8,
     held_out: Annotated[int, typer.Option(min=1, help="Held-out scenes with one question each: test.json.")] = 2500,
     density: Annotated[float, typer.Option(min=0, max=1, help="Probability that a cell holds a digit.")] = 0.7,
+    cell_px: Annotated[int, typer.Option(min=8, max=128, help="Side of a cell in pixels.")] = 16,
+    digit_px: Annotated[
+        int | None, typer.Option(min=8, max=128, help="Side of a digit in pixels.", show_default="the cell's")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Other seeds give other scenes.")] = 0,
 ) -> None:
     """Write the built-in data set `digits` as PNG pictures and LLaVA-format JSON."""
-    common = {"density": density, "seed": seed}
+    if digit_px is not None and digit_px > cell_px:
+        raise UserError(f"a digit of {digit_px} px does not fit into a cell of {cell_px} px: --cell-px, --digit-px")
+    common: dict[str, Any] = {"density": density, "cell_px": cell_px, "digit_px": digit_px, "seed": seed}
     asked = {**common, "task": "questions"}
     options = {
         "captions": {**common, "task": "captions", "size": captions},
