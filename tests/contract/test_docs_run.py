@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 import foveate.cli
 from foveate.assembly import assemble
@@ -49,6 +51,42 @@ def test_the_python_page_runs(tmp_path: Path, shared_corpus: Path, monkeypatch: 
     assert names["run"].folder == tmp_path / "runs" / "docs"
     loop = found[1].split("import foveate\n\n")[1]
     assert len([line for line in loop.splitlines() if line.strip()]) <= 20
+
+
+# ross.md and victor.md
+
+
+@pytest.mark.parametrize(("page", "least"), [("ross.md", 9), ("victor.md", 6)])
+def test_every_variant_of_a_methods_page_plans(
+    page: str, least: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each block in a recipe with an encoder and an LLM of the paper, without weights."""
+    found = blocks(page, "yaml")
+    assert len(found) >= least
+    for number, block in enumerate(found):
+        objectives = yaml.safe_load(block)["objectives"]
+        stage = {"name": "align", "data": [{"path": "absent.json"}], "batch_size": 8, "max_steps": 1}
+        content = {
+            "model": {"encoder": "clip-vit-large-patch14-336", "projector": "mlp", "llm": "qwen2-7b-instruct"},
+            "objectives": objectives, "stages": [{**stage, "train": dict.fromkeys(["projector", *objectives], 1e-3)}],
+        }  # fmt: skip
+        command(f"foveate plan {write_recipe(tmp_path, content, f'{number}.yaml')} --no-data --json")
+        [planned] = json.loads(capsys.readouterr().out)["stages"]
+        assert set(objectives) <= {row["part"] for row in planned["parts"]}, block
+
+
+def test_the_python_of_the_ross_page_runs(
+    tmp_path: Path, shared_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"teacher": {"type": "patches", "patch_px": 4}, "denoiser": {"width": 16, "depth": 1, "heads": 2}}
+    content = recipe_dict(shared_corpus, output="runs/my-ross", objectives={"ross": options})
+    content["stages"][0] |= {"max_steps": 1, "train": {"projector": 1e-3, "llm": 1e-3, "ross": 1e-3}}
+    train(load_recipe(write_recipe(tmp_path, content)), display=Display(quiet=True))
+    [block] = blocks("ross.md")
+    names: dict[str, Any] = {}
+    exec(compile(block, "ross.md", "exec"), names)
+    assert len(names["found"].own) > 20 and names["worst"] in names["found"].images
 
 
 # writing-an-objective.md

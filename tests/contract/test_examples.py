@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,35 +14,61 @@ import foveate.cli
 from foveate.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if "tasks" not in path.parts)  # lmms-eval's
 
 
 def test_there_are_examples() -> None:
     assert ROOT / "examples" / "quickstart.yaml" in EXAMPLES
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=[str(path.relative_to(ROOT)) for path in EXAMPLES])
+HERE = [path for path in EXAMPLES if path.parent.name != "recipes"]
+"""Those whose data come with foveate; the others name the data of papers."""
+
+
+def planned(path: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as leaving:
+        foveate.cli.main(["plan", str(path), "--json", *flags])
+    captured = capsys.readouterr()
+    assert leaving.value.code == 0, captured.err
+    plan: dict[str, Any] = json.loads(captured.out)
+    assert all(any(row["trained"] for row in stage["parts"]) for stage in plan["stages"])
+    return plan
+
+
+@pytest.mark.parametrize("path", HERE, ids=[str(path.relative_to(ROOT)) for path in HERE])
 def test_an_example_loads_and_plans(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = load_recipe(path)
-    with pytest.raises(SystemExit) as leaving:
-        foveate.cli.main(["plan", str(path), "--json"])
-    captured = capsys.readouterr()
-    assert leaving.value.code == 0, captured.err
-    plan = json.loads(captured.out)
+    recipe, plan = load_recipe(path), planned(path, capsys)
     assert [stage["name"] for stage in plan["stages"]] == [stage.name for stage in recipe.stages]
-    for stage in plan["stages"]:
-        assert stage["steps"] > 0 and stage["samples"] > 0
-        assert any(row["trained"] for row in stage["parts"])
+    assert all(stage["steps"] > 0 and stage["samples"] > 0 for stage in plan["stages"])
+    assert list(tmp_path.iterdir()) == []
+
+
+OTHERS = sorted({*EXAMPLES} - {*HERE})
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=[path.stem for path in OTHERS])
+def test_a_papers_recipe_plans_without_weights_and_data(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a baseline is its twin: the same parts at the same rates, but for what was taken out."""
+    monkeypatch.chdir(tmp_path)
+    plan = planned(path, capsys, "--no-data")
+    if path.stem.endswith("_baseline"):
+        whole = planned(path.with_name(path.name.replace("_baseline", "")), capsys, "--no-data")
+        for stage, twin in zip(whole["stages"], plan["stages"], strict=True):
+            rest = [row for row in stage["parts"] if row["part"] in ("encoder", "projector", "llm")]
+            assert {**stage, "parts": rest} == twin
+        assert sum(len(stage["parts"]) for stage in whole["stages"]) > sum(len(s["parts"]) for s in plan["stages"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_header_of_an_example_says_how_to_run_it() -> None:
     for path in EXAMPLES:
         comments = [line for line in path.read_text().splitlines()[:6] if line.startswith("#")]
-        assert any(f"foveate train examples/{path.name}" in line for line in comments), path
+        assert any(f"foveate train {path.relative_to(ROOT)}" in line for line in comments), path
 
 
 def test_importing_foveate_imports_nothing_heavy() -> None:

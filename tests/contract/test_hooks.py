@@ -25,8 +25,6 @@ from tests.distributions import install, on_path
 
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "core" / "foveate"
-NOT_YET = {"ross", "victor", "asvr"}
-"""Objectives of the catalogue that come with foveate, but are not built yet."""
 
 OBSERVER = """\
 from foveate import hookimpl
@@ -163,10 +161,10 @@ def test_observers_see_a_run(tmp_path: Path, shared_corpus: Path) -> None:
 
 
 def test_the_catalogue_and_what_is_installed_agree() -> None:
-    """What a known plugin's distribution should register is registered, unless it is not built yet."""
+    """What a known plugin's distribution should register is registered."""
     plugins = installed_plugins()
     assert not plugins.broken
-    missing, early = set(), set()
+    missing = set()
     for kind, known in load_registry()[0].known.items():
         for name, plugin in known.items():
             found = plugins.find(kind, name)
@@ -176,12 +174,9 @@ def test_the_catalogue_and_what_is_installed_agree() -> None:
                 continue
             if found is None:
                 missing.add(name)
-            elif name in NOT_YET:
-                early.add(name)
             else:
                 assert found.owner.split(" ")[0] == plugin.distribution
-    assert missing <= NOT_YET, f"in registry.yaml, but their distribution does not register them: {missing - NOT_YET}"
-    assert not early, f"built by now; take them off NOT_YET: {early}"
+    assert not missing, f"in registry.yaml, but their distribution does not register them: {missing}"
 
 
 def test_the_catalogue_names_what_can_be_installed() -> None:
