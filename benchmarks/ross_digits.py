@@ -99,17 +99,20 @@ def drawn(options: Any, index: int) -> NDArray[np.uint8]:
 
 def reconstructed(run: LoadedRun, count: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """What the teacher, and what the model, makes of the first held-out scenes, `[I, H, W, 3]`."""
-    made: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    made: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
     objective: Any = run.learner.objectives["ross"]
     for _, seen in run.gallery.seen("ross"):
+        names = [image.record.sample_id for image in seen.outputs.images]
+        scenes = [int(name.rpartition("-")[2]) for name in names]  # a packed row has the longest sample first
         with torch.no_grad():
             for group in objective.groups(seen.outputs, seen.targets):
                 rows = objective.head.reconstruct(group)
                 for kept, target in zip(made, (group.target, rows.to(group.target)), strict=True):
-                    kept.append((group.outputs.teacher.decode(target) * 255).round().byte())
-        if sum(map(len, made[0])) >= count:
+                    pixels = (group.outputs.teacher.decode(target) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+                    kept.update(zip((scenes[number] for number in group.numbers), pixels, strict=True))
+        if all(number in made[0] for number in range(count)):
             break
-    teacher, model = (torch.cat(parts)[:count].permute(0, 2, 3, 1).numpy() for parts in made)
+    teacher, model = (np.stack([kept[number] for number in range(count)]) for kept in made)
     return teacher, model
 
 

@@ -39,6 +39,8 @@ def train(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
             loop.run()
             if main:
                 session.plugins.hook.stage_finished(run=session.run, stage=stage.name)
+        if all(session.finished(stage) for stage in recipe.stages):  # resumed at its end, for what is left to do
+            fit_teachers(session, recipe.stages[-1])
         save_model(session)
         evaluate_run(session)
         report_run(session)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -359,3 +360,18 @@ def test_an_objective_that_changes_its_targets_shares_no_teacher(tmp_path: Path,
     types = {"base": Base, "brighter": Brighter}
     line = run(tmp_path / "a", shared_corpus, {"base": {}, "brighter": {}}, types=types, max_steps=1)[0][0]
     assert line["loss/brighter"] > 100 * line["loss/base"]
+
+
+def test_a_run_resumed_at_its_end_finds_its_fitted_teachers(
+    tmp_path: Path, shared_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left to do, the report, draws with the teacher that was fitted, and fits none."""
+    module, seen = sys.modules[train.__module__], list[dict[str, Tensor]]()
+    monkeypatch.setattr(
+        module, "report_run", lambda session: seen.append(dict(session.teachers.of("queries").state_dict()))
+    )
+    first = run(tmp_path, shared_corpus, {"queries": {"fit": True}})
+    monkeypatch.setattr(Queries, "fit_teacher", lambda *arguments: pytest.fail("fitted again"))
+    again = run(tmp_path, shared_corpus, {"queries": {"fit": True}}, resume=True)
+    assert again[0] == first[0]
+    assert len(seen) == 2 and seen[0] and all(tensor.equal(seen[1][name]) for name, tensor in seen[0].items())
