@@ -4,7 +4,8 @@
 
 Trains the first two stages of `examples/victor_digits.yaml`: `align` once, then `comprehend` from there, as long
 each time: as it stands; with a pool that stays what it started from, visual tokens or random directions; and with the
-released code's start of the pool. Runs that are in DIR already are taken as they are. On held-out scenes, which share no scan with training, after `comprehend`:
+released code's start of the pool. Runs that are in DIR already are taken as they are. On held-out scenes, which share
+no scan with training, after `comprehend`:
 
 - the loss, and that of predicting zero, above which nothing has been learned;
 - the cosine on replaced tokens: of the model; of the image's mean token, and of the mean token of all scenes; of the

@@ -1,6 +1,7 @@
 """The command: exit statuses, one paragraph an error, plugins' commands, and answers without torch."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -291,3 +292,22 @@ def test_training_from_the_command_line_and_a_second_time(
     assert status == 2 and "holds a run already" in err and "--resume" in err
     assert foveate_command(*words, "--resume")[0] == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_sigterm_to_every_process_of_a_job_leaves_a_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    """As schedulers send it: to the loader workers too, which go on until the step is done."""
+    content = recipe_dict(corpus, output=str(tmp_path / "run"), hardware={"workers": 2}, log_every=1)
+    content["stages"][0]["max_steps"] = 500
+    command = [sys.executable, "-m", "foveate", "train", str(write_recipe(tmp_path, content))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "only 3/500" not in process.stderr.readline():
+            assert process.poll() is None
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) >= 2
+        for pid in (*map(int, workers), process.pid):
+            os.kill(pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume goes on" in err, err
+    saved = sorted(int(path.name[5:]) for path in (tmp_path / "run" / "only" / "checkpoints").glob("step-*"))
+    assert saved[-1] >= 3

@@ -4,6 +4,7 @@ import copy
 import heapq
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
@@ -171,5 +172,9 @@ def _advised(error: FoveateError) -> FoveateError:
 
 
 def _out_of_reach(worker: int) -> None:
-    """Ctrl-C and a scheduler signal a whole process group; the step at hand, and a checkpoint, still need its data."""
+    """Ctrl-C and a scheduler signal whole groups, or all processes of a job; the step at hand still needs its data.
+
+    So a worker ends with its parent; one that hangs, two minutes after it was asked to.
+    """
     os.setpgrp()
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))
