@@ -121,7 +121,7 @@ def test_a_folder_that_is_no_model_is_refused(
 ) -> None:
     (tmp_path / "folder").mkdir()
     err = refused(tmp_path, shared_corpus, {"from": "folder"}, capsys)
-    assert f"{tmp_path / 'folder'} is neither a run, nor a model folder, nor a stock Llava folder" in err
+    assert f"{tmp_path / 'folder'} is neither a run, nor a model folder (foveate.json), nor a stock Llava" in err
 
 
 def test_from_a_run_with_another_projector(tmp_path: Path, shared_corpus: Path) -> None:

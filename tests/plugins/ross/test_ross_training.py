@@ -21,7 +21,6 @@ from torch import Tensor
 from foveate import assemble
 from foveate.progress import Display
 from foveate.recipe_file import load_recipe
-from foveate.run import Run
 from foveate.session import Interrupted
 from foveate.stage import StageLoop
 from foveate.testing import check_objective
@@ -121,7 +120,6 @@ def test_a_run_that_goes_on_in_a_fresh_process_is_the_unbroken_run(
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 4 of stage only"):
         patch.setattr(StageLoop, "_take_step", stopped)
         train(load_recipe(path), display=Display(quiet=True))
-    Run(broken / "run").release()  # else it is this process's until it ends
     command = [sys.executable, "-m", "foveate", "train", str(path), "--resume"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path / "installed"))
     assert done.returncode == 0, done.stderr[-2000:]
