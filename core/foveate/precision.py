@@ -1,11 +1,23 @@
-"""Dtypes of parts: trained ones in full precision, frozen ones in the dtype that the recipe gives, without loss."""
+"""Where parts compute, in which dtype: trained ones in full precision, frozen ones as the recipe says, without loss."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from foveate.errors import UserError
+
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def find_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of this name, such as `cuda:1`; default: the accelerator, where there is one. Raises `UserError`."""
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name}: {str(error).splitlines()[0]}") from None
 
 
 class FrozenParts:

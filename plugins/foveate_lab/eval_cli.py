@@ -14,7 +14,6 @@ from foveate import __version__
 from foveate.errors import DataError, RunError, UserError
 
 if TYPE_CHECKING:
-    import torch
 
     from foveate import ConversationDataset
     from foveate_lab.queries import Rows
@@ -62,13 +61,13 @@ def eval_model(
         _check_out(out)
     from foveate import load_run
     from foveate.files import write_json
-    from foveate.precision import DTYPES
+    from foveate.precision import DTYPES, find_device
     from foveate.progress import Display
     from foveate_lab.evaluation import evaluate, metrics_of
     from foveate_lab.generation import Answerer, ExportAnswerer, RunAnswerer
     from foveate_lab.queries import Joined, check_pictures, pictures_of, read_queries
 
-    place, display = _device(device), Display()
+    place, display = find_device(device), Display()
     # weights are cast before they go to the accelerator: half of the memory there
     loaded, template = load_run(model, device="cpu") if is_run else None, None
     rows: Rows
@@ -157,17 +156,6 @@ def _is_run(model: Path) -> bool:
         check_run(model.resolve())  # a model folder: it says where the run is
     what = "neither a run nor an exported Llava" if model.is_dir() else "no folder"
     raise RunError(f"{model} is {what}. Give what `foveate train` wrote, such as runs/NAME, or `foveate export`.")
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def _check_out(out: Path) -> None:

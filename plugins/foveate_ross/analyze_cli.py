@@ -52,10 +52,11 @@ def attention(
 
     from foveate import __version__
     from foveate.files import write_json
+    from foveate.precision import find_device
     from foveate.progress import Display
     from foveate_ross.attention import compare, plot, same
 
-    display, place = Display(), _device(device)
+    display, place = Display(), find_device(device)
     looks, questions, blind = list["Looks"](), list["Question"](), 0
     for run in (run_a, run_b):  # one model after the other is in memory
         found, asked, blind = _looked(run, data, images, limit, precision, place, display)
@@ -121,11 +122,12 @@ def conditions(
         raise RunError(f"{run}: its recipe has no objectives, so there are no conditions to swap.")
 
     from foveate import load_run
+    from foveate.precision import find_device
     from foveate.progress import Display
     from foveate_ross.conditions import swapped_conditions
 
     display = Display()
-    told = swapped_conditions(load_run(run, device=_device(device)), objective, count, seed=seed).summary()
+    told = swapped_conditions(load_run(run, device=find_device(device)), objective, count, seed=seed).summary()
     if as_json:
         typer.echo(json.dumps(told, indent=2))
         return
@@ -207,17 +209,6 @@ def _folder(out: Path) -> Path:
     except OSError as error:
         raise UserError(f"--out {out} cannot be made: {error.strerror}.") from None
     return out
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def _p(value: float | None) -> str:

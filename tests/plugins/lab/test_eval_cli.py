@@ -178,7 +178,7 @@ WRONG = {
     "out is a folder": (["RUN", "--data", "FILE", "--out", "PARENT"], "name a file, such as"),
     "out cannot be": (["RUN", "--data", "FILE", "--out", "FILE/x.json"], "is not a folder that can be written to"),
     "unknown device": (["RUN", "--data", "FILE", "--device", "gpu"], "--device gpu: "),
-    "absent device": (["RUN", "--data", "FILE", "--device", "cuda:99"], "--device cuda:99: "),
+    "absent device": (["RUN", "--data", "FILE", "--device", "cuda:99"], "device cuda:99: "),
 }
 
 
