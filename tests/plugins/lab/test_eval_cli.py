@@ -177,7 +177,7 @@ WRONG = {
     "unknown metric": (["RUN", "--data", "FILE", "--metric", "bleu"], "'bleu' is not one of"),
     "out is a folder": (["RUN", "--data", "FILE", "--out", "PARENT"], "name a file, such as"),
     "out cannot be": (["RUN", "--data", "FILE", "--out", "FILE/x.json"], "is not a folder that can be written to"),
-    "unknown device": (["RUN", "--data", "FILE", "--device", "gpu"], "--device gpu: "),
+    "unknown device": (["RUN", "--data", "FILE", "--device", "gpu"], "device gpu: "),
     "absent device": (["RUN", "--data", "FILE", "--device", "cuda:99"], "device cuda:99: "),
 }
 

@@ -236,7 +236,7 @@ def test_what_the_command_refuses(
         ((plain,), "its recipe has no objectives"),
         ((path,), "The one to test must be named"),
         ((path, "--objective", "dit", "--count", 1), "count"),
-        ((path, "--objective", "dit", "--device", "abacus"), "--device abacus"),
+        ((path, "--objective", "dit", "--device", "abacus"), "device abacus"),
     ):
         status, _, errors = foveate_command("analyze", "conditions", *words)
         assert status == 2 and problem in " ".join(errors.split()), (words, errors)

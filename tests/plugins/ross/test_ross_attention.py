@@ -296,7 +296,7 @@ def test_what_the_command_refuses(
         ((first, second, "--data", tmp_path / "none.json"), "no such file or folder"),
         ((first, second, "--data", blind), "the data ask nothing about a picture"),
         ((first, second, "--data", broken), "gone.png does not exist"),
-        ((first, second, "--data", path, "--device", "abacus"), "--device abacus"),
+        ((first, second, "--data", path, "--device", "abacus"), "device abacus"),
         ((first, second, "--data", path, "--out", tmp_path / "file"), "cannot be made"),
     ):
         out = () if "--out" in words else ("--out", tmp_path / "out")
