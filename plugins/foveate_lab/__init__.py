@@ -25,6 +25,7 @@ def register_metrics(register: Register) -> None:
 
 @hookimpl
 def register_commands(register: Register) -> None:
+    register("compare", "foveate_lab.compare:compare")
     register("data digits", "foveate_lab.export:data_digits")
     register("eval", "foveate_lab.eval_cli:eval_model")
 

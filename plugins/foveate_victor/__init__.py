@@ -11,8 +11,3 @@ HOOK_API = 1
 @hookimpl
 def register_objectives(register: Register) -> None:
     register("victor", "foveate_victor.objective:Victor")
-
-
-@hookimpl
-def register_commands(register: Register) -> None:
-    register("victor sweep", "foveate_victor.sweep:sweep")
