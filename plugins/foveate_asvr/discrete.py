@@ -11,11 +11,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from foveate import Encoder, EncoderSpec, ExistingPath, Options
+from foveate import Encoder, EncoderChoice, EncoderSpec, ExistingPath, Options
 from foveate.errors import ModelError
-from foveate.registry import Component, resolve
+from foveate.registry import Component
 from foveate_asvr.folder import CODEBOOKS, ENCODER, Card, load_weights, read_card
 from foveate_asvr.quantizer import ResidualQuantizer
+
+
+class Architecture(Options):
+    """A quantised encoder without its weights."""
+
+    encoder: EncoderChoice = Field(description="Whose features are quantised: a preset, or `type` and its options.")
+    depth: int = Field(8, gt=0, description="Codes of a feature.")
+    codebook_size: int = Field(16384, gt=1, description="Codes of a codebook.")
+    shared: bool = Field(False, description="One codebook for all depths.")
 
 
 class QuantizedOptions(Options):
@@ -24,10 +33,9 @@ class QuantizedOptions(Options):
     tokenizer: ExistingPath | None = Field(
         None, description="Folder of a tokenizer with an encoder of its own: fitted with `encoder`, or imported."
     )  # fmt: skip
-    architecture: dict[str, Any] | None = Field(
-        None, description="In its place, where weights come from a model folder: `encoder`, `depth`, `codebook_size` "
-        "and `shared`."
-    )  # fmt: skip
+    architecture: Architecture | None = Field(
+        None, description="In its place, where weights come from a model folder, or none are needed: `foveate plan`."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> QuantizedOptions:
@@ -43,18 +51,18 @@ class QuantizedEncoder(Encoder):
 
     @classmethod
     def describe(cls, options: QuantizedOptions) -> EncoderSpec:
-        wrapped = _wrapped(options)
+        wrapped = _architecture(options).encoder
         spec: EncoderSpec = wrapped.cls.describe(wrapped.options)
         return spec
 
     def __init__(self, options: QuantizedOptions, load_weights: bool = True) -> None:
         super().__init__(options, load_weights)
-        component = _wrapped(options)
+        made = _architecture(options)
+        component: Component = made.encoder
         self._type = component.type
         self.wrapped: Encoder = component.cls(component.options, load_weights=False)
         self.spec = self.wrapped.spec
-        facts = _facts(options)
-        self.quantizer = ResidualQuantizer(facts["depth"], facts["codebook_size"], self.spec.width, facts["shared"])
+        self.quantizer = ResidualQuantizer(made.depth, made.codebook_size, self.spec.width, made.shared)
         if load_weights:
             _load(options, self)
 
@@ -88,15 +96,13 @@ def _card(options: QuantizedOptions) -> Card | None:
     return card
 
 
-def _facts(options: QuantizedOptions) -> dict[str, Any]:
+def _architecture(options: QuantizedOptions) -> Architecture:
     card = _card(options)
     if card is None:
-        return dict(options.architecture or {})
-    return {"depth": card.depth, "codebook_size": card.codebook_size, "shared": card.shared, "encoder": card.encoder}
-
-
-def _wrapped(options: QuantizedOptions) -> Component:
-    return resolve("encoders", dict(_facts(options)["encoder"]), None)
+        assert options.architecture is not None
+        return options.architecture
+    facts = {"depth": card.depth, "codebook_size": card.codebook_size, "shared": card.shared}
+    return Architecture.model_validate({"encoder": card.component(), **facts})
 
 
 def _load(options: QuantizedOptions, encoder: QuantizedEncoder) -> None:
