@@ -1,8 +1,8 @@
-"""What the contract costs: time of core's own calls around objectives ÷ time of a step, at the quickstart's size.
+"""What the contract costs: time of core's calls around objectives ÷ time of a step, at the size of the digits recipe.
 
     python benchmarks/contract.py [STEPS [THREADS]]
 
-Trains the quickstart's first stage without an objective (what the loop does anyway), with the template's
+Trains the first stage of examples/digits.yaml without an objective (what the loop does anyway), with the template's
 (`examples/plugin_template`), then with two more: one edits the visual tokens, one reads three shifted layers.
 `machinery` is the time of core's calls around them, without what these call of the model and of the objectives: who
 takes part, reads, taps and edits around the LLM, outputs, targets, sums and metrics, hooks after a step. `gathering`
@@ -134,14 +134,14 @@ def main(steps: int, threads: int) -> None:
 
 
 def run(steps: int, threads: int, names: Sequence[str], plugins: Plugins) -> None:
-    """Train the quickstart's first stage with some objectives."""
+    """Train the first stage of examples/digits.yaml with some objectives."""
     options = {"align": "{}", "masked": "{wish: causal}", "noisy": "{shift: 1, layers: [-1, 1, 2]}"}
     parts = {"encoder": "1.5e-3", "projector": "1.5e-3", "llm": "1.5e-3", **dict.fromkeys(names, "1e-3")}
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "contract.yaml"
         listed = "".join(f"  {name}: {options[name]}\n" for name in names)
         objectives = f"objectives:\n{listed}" if names else ""
-        recipe.write_text(f"extends: {ROOT / 'examples' / 'quickstart.yaml'}\n{objectives}")
+        recipe.write_text(f"extends: {ROOT / 'examples' / 'digits.yaml'}\n{objectives}")
         changes = [
             f"output={folder}/run", "evaluate=null", "hardware.workers=0", f"hardware.threads={threads}",
             "stages.0.epochs=null", f"stages.0.max_steps={steps}",

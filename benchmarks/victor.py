@@ -10,7 +10,7 @@ An image has 547 of 729 tokens to match. Sides that take turns, all on one proce
 - `scipy`: one call after another on the very costs of `ours`.
 
 Tokens are of unit norm around a common mean; `parallel`: those of an image differ by a twentieth of that only, so that
-all want the same rows. The share of a whole step is that of the quickstart's model, trained for some steps.
+all want the same rows. The share of a whole step is that of the model of examples/digits.yaml, trained for some steps.
 """
 
 from __future__ import annotations
@@ -100,13 +100,13 @@ def compared(seconds: dict[str, list[float]], images: int) -> list[str]:
 
 
 def share_of_a_step(steps: int, threads: int) -> None:
-    """Matching ÷ step, of the quickstart's model with a pool of 256."""
+    """Matching ÷ step, of the model of examples/digits.yaml with a pool of 256."""
     from foveate import load_recipe, train
     from foveate.progress import Display
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "victor.yaml"
-        base = ROOT / "examples" / "quickstart.yaml"
+        base = ROOT / "examples" / "digits.yaml"
         recipe.write_text(f"extends: {base}\nobjectives:\n  victor: {{pool_size: 256}}\n")
         rates = "{encoder: 1.5e-3, projector: 1.5e-3, llm: 1.5e-3, victor: 1.5e-3}"
         changes = [
@@ -118,7 +118,7 @@ def share_of_a_step(steps: int, threads: int) -> None:
     shares = [line["victor/matching_seconds"] * line["images"] / line["step_seconds"] for line in lines]
     step, used = statistics.median(line["step_seconds"] for line in lines), lines[-1]["victor/used_rows"]
     told = f"matching is {100 * statistics.median(shares):.1f} % of a step of {1e3 * step:.0f} ms"
-    print(f"quickstart's model, 16 images of 36 tokens, pool of 256: {told}; used rows {used:.0%}")
+    print(f"digits.yaml, 16 images of 36 tokens, pool of 256: {told}; used rows {used:.0%}")
 
 
 def main() -> None:

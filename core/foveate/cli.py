@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import sys
@@ -122,6 +123,9 @@ def train(
         display.say(f"model: {folder / 'model'}; start another recipe from it with `model: {{from: {folder}}}`")
         if (folder / "report.html").is_file():
             display.say(f"report: {folder / 'report.html'}")
+        for name in loaded.objectives:
+            for picture in sorted((run.folder / "pictures").glob(f"{glob.escape(name)}-01-*.png")):
+                display.say(f"what {name} has learned: {_shown(picture)}")
         other = f"output={folder}-2" if folder.name != loaded.name else f"name={loaded.name}-2"
         display.say(f"try next: foveate train {recipe} --set {other} --set seed={loaded.seed + 1}")
 

@@ -9,7 +9,7 @@ stage trains the encoder whose states the teacher reads, the encoder's weights o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,17 @@ def _load_or_fit(session: Session, name: str, teacher: nn.Module) -> dict[str, f
             encoder = session.lmm.encoder.state_dict(keep_vars=True)
             save_file(_state({key: session.frozen.value(value) for key, value in encoder.items()}), aside / ENCODER)
         write_json(aside / FIT, {"fingerprint": teachers.keys[name], "told": dict(found)})
-    numbers = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
-    session.display.say(f"teacher of {name} fitted: {numbers}")
+    session.display.say(f"teacher of {name} fitted: {told_in_words(found)}")
     return dict(found)
+
+
+def told_in_words(found: Mapping[str, float]) -> str:
+    """What a fit told, on one line; numbers `NAME/1`, `NAME/2`, … stand behind one another under their name."""
+    words: dict[str, list[str]] = {}
+    for key, value in found.items():
+        name, _, number = key.rpartition("/")
+        words.setdefault(f"{name} by depth" if name and number.isdecimal() else key, []).append(f"{value:.4g}")
+    return ", ".join(f"{key} {' '.join(values)}" for key, values in words.items())
 
 
 def _trains_encoder(stage: Stage) -> bool:

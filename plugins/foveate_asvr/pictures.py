@@ -17,6 +17,9 @@ from foveate_asvr.quantizer import ResidualQuantizer
 ROWS, PATCHES, PATCH_PX = 8, 8, 48
 """Codes and patches of a contact sheet, and the side of a patch."""
 
+SHARED = 3
+"""Patches that a code of a contact sheet has at least, where enough codes have as many."""
+
 NOTHING = -1
 """In a map: the first visual token of an image that opens its sample, whose codes nothing predicts with `shift: 1`."""
 
@@ -76,21 +79,31 @@ def beside(first: Image.Image, *others: Image.Image) -> Image.Image:
 
 
 def contact_sheet(pictures: list[Image.Image], codes: list[Tensor], outputs: Outputs) -> Image.Image:
-    """The most frequent codes of depth 1, a row each: the code's colour, and patches that have it, of most images."""
+    """Codes of depth 1, a row each: the code's colour, and patches that have it, of most images.
+
+    Those whose patches have most contrast: the most frequent ones are of background.
+    """
     places = dict[int, list[tuple[int, int]]]()
     for at, each in enumerate(codes):
         for token, code in enumerate(each[:, 0].tolist()):
             places.setdefault(code, []).append((at, token))
-    frequent = sorted(places, key=lambda code: (-len(places[code]), code))[:ROWS]
-    sheet = Image.new("RGB", ((1 + PATCHES) * PATCH_PX, len(frequent) * PATCH_PX))
-    for row, code in enumerate(frequent):
+    patches = {
+        code: [_patch(pictures[at], token, outputs.images[at].record.grid) for at, token in _spread(found)]
+        for code, found in places.items()
+    }
+    contrast = {code: np.mean([np.asarray(patch).std() for patch in found]) for code, found in patches.items()}
+    chosen = sorted(places, key=lambda code: (-min(len(places[code]), SHARED), -contrast[code], code))[:ROWS]
+    sheet = Image.new("RGB", ((1 + PATCHES) * PATCH_PX, len(chosen) * PATCH_PX))
+    for row, code in enumerate(chosen):
         sheet.paste(Image.new("RGB", (PATCH_PX, PATCH_PX), colour(code)), (0, row * PATCH_PX))
-        found = places[code]
-        step = max(1, len(found) // PATCHES)
-        for column, (at, token) in enumerate(found[::step][:PATCHES], 1):
-            patch = _patch(pictures[at], token, outputs.images[at].record.grid)
+        for column, patch in enumerate(patches[code], 1):
             sheet.paste(patch, (column * PATCH_PX, row * PATCH_PX))
     return sheet
+
+
+def _spread(places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """As many of the places as a row shows, evenly spread."""
+    return places[:: max(1, len(places) // PATCHES)][:PATCHES]
 
 
 def _patch(picture: Image.Image, token: int, grid: tuple[int, int]) -> Image.Image:

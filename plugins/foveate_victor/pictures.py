@@ -70,7 +70,8 @@ def contact_sheet(images: Sequence[Image.Image], maps: Sequence[np.ndarray]) -> 
     draw = ImageDraw.Draw(sheet)
     for line, (row, group) in enumerate(shown):
         top = _GAP + line * step
-        draw.text((_GAP, top + _SIDE // 2 - 12), f"row {row}\n{len(group)} ×", fill="black")
+        told = f"row {row}\n{len(group)} region{'s' * (len(group) > 1)}"
+        draw.text((_GAP, top + _SIDE // 2 - 12), told, fill="black")
         largest = sorted(group, key=lambda region: -region.patches)[:columns]
         for column, region in enumerate(largest):
             crop = _crop(images[region.image], region, maps[region.image].shape)

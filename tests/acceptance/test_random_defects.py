@@ -38,7 +38,7 @@ from foveate.plugins import installed_plugins
 from tests import objectives_plugin
 from tests.corpus import recipe_dict, write_corpus
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
 SECONDS = 60
 """Of the processor: no command may take longer."""
 CORPUS, SAMPLES = "CORPUS", 12

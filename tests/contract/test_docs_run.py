@@ -53,10 +53,10 @@ def test_the_python_page_runs(tmp_path: Path, shared_corpus: Path, monkeypatch: 
     assert len([line for line in loop.splitlines() if line.strip()]) <= 20
 
 
-# ross.md and victor.md
+# ross.md, victor.md and asvr.md
 
 
-@pytest.mark.parametrize(("page", "least"), [("ross.md", 9), ("victor.md", 6)])
+@pytest.mark.parametrize(("page", "least"), [("ross.md", 9), ("victor.md", 6), ("asvr.md", 9)])
 def test_every_variant_of_a_methods_page_plans(
     page: str, least: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,7 +113,7 @@ def test_from_nothing_to_a_training_run(
     project = tmp_path / install.split()[-1]
     assert tests == f"pytest {project.name}"
     (tmp_path / "examples").mkdir()
-    (tmp_path / "examples" / "quickstart.yaml").write_text((ROOT / "examples" / "quickstart.yaml").read_text())
+    (tmp_path / "examples" / "digits.yaml").write_text((ROOT / "examples" / "digits.yaml").read_text())
     first, second, registry = blocks(OBJECTIVES, "yaml")
     path = tmp_path / run.split()[-1]
     path.write_text(first)

@@ -65,6 +65,26 @@ def test_a_papers_recipe_plans_without_weights_and_data(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_combos_are_every_pair_and_none_of_the_quickstarts_objectives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing else differs: stages, data, rates, and the objectives that are left."""
+    monkeypatch.chdir(tmp_path)
+    whole, objectives, found = ROOT / "examples" / "quickstart.yaml", {"ross", "victor", "asvr"}, set()
+    plan, resolved = planned(whole, capsys), load_recipe(whole).resolved()
+    for path in sorted((ROOT / "examples" / "combos").glob("*.yaml")):
+        recipe = load_recipe(path)
+        left, part = {*recipe.objectives}, recipe.resolved()
+        assert len(path.read_text().splitlines()) == 4 and left <= objectives
+        assert part["objectives"] == {name: resolved["objectives"][name] for name in objectives & left}
+        for key in ("model", "evaluate", "seed", "text", "precision"):
+            assert part[key] == resolved[key]
+        for stage, twin in zip(plan["stages"], planned(path, capsys)["stages"], strict=True):
+            assert {**stage, "parts": [row for row in stage["parts"] if row["part"] not in objectives - left]} == twin
+        found.add(frozenset(left))
+    assert found == {frozenset(objectives - {name}) for name in objectives} | {frozenset()}
+
+
 def test_the_header_of_an_example_says_how_to_run_it() -> None:
     for path in EXAMPLES:
         comments = [line for line in path.read_text().splitlines()[:6] if line.startswith("#")]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -292,6 +293,23 @@ def test_training_from_the_command_line_and_a_second_time(
     assert status == 2 and "holds a run already" in err and "--resume" in err
     assert foveate_command(*words, "--resume")[0] == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_finished_run_names_a_picture_of_each_objective(
+    foveate_command: Command, corpus: Path, tmp_path: Path
+) -> None:
+    objectives = {
+        name: {"type": "ross", "variant": "regress_pixels", "teacher": {"type": "patches", "patch_px": 8}}
+        for name in ("see", "see-2")
+    }
+    content = recipe_dict(corpus, output=str(tmp_path / "run"), objectives=objectives)
+    content["stages"][0] |= {"max_steps": 1, "train": dict.fromkeys(["projector", *objectives], 1e-3)}
+    status, _, err = foveate_command("train", write_recipe(tmp_path, content))
+    assert status == 0, err
+    named = dict(re.findall(r"^what (\S+) has learned: (.*)$", err, re.M))
+    assert list(named) == ["see", "see-2"]
+    for name, path in named.items():
+        assert Path(path).is_file() and Path(path).name.startswith(f"{name}-01-")
 
 
 def test_sigterm_to_every_process_of_a_job_leaves_a_checkpoint(corpus: Path, tmp_path: Path) -> None:

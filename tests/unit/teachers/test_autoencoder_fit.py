@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from foveate.errors import DataError, ModelError, RecipeError
+from foveate.fitting import told_in_words
 from foveate.loaded import load_run
 from foveate.objective import TeacherInputs
 from foveate.recipe_file import load_recipe
@@ -229,3 +230,8 @@ def test_it_is_kept_in_the_run_found_on_resume_and_by_others(
         torch.testing.assert_close(records[1][name], records[0][name], atol=1e-5, rtol=1e-5)
 
 
+
+
+def test_numbers_by_depth_stand_behind_one_another() -> None:
+    told = {"semantic/error/1": 0.5, "psnr": 22.123456, "semantic/error/2": 0.25, "loss/t": 1.0}
+    assert told_in_words(told) == "semantic/error by depth 0.5 0.25, psnr 22.12, loss/t 1"
