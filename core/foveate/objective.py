@@ -21,12 +21,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor, nn
 
 from foveate.errors import ModelError
@@ -44,12 +45,31 @@ a visual token sees of its image only group 0 and its own group (`Edit.groups`; 
 Everything else stays causal; text sees all that is before it. Beside `shift=1` every wish but `causal` is an error."""
 
 
+def _some(steps: dict[int, float]) -> dict[int, float]:
+    if not steps:
+        raise ValueError("must have at least one step, as `step: weight`")
+    return steps
+
+
+_Share = Annotated[float, Field(ge=0)]
+Weight = _Share | Annotated[dict[Annotated[int, Field(ge=0, le=10**12)], _Share], AfterValidator(_some)]
+"""The weight of a part of the loss: a number, or step of a stage, from 0, → number."""
+
+
+def weight_at(weight: Weight, step: int) -> float:
+    """The weight in a step: linear between the steps given, constant before the first and after the last."""
+    given = weight if isinstance(weight, dict) else {0: weight}
+    return float(np.interp(step, sorted(given), [given[key] for key in sorted(given)]))
+
+
 class ObjectiveOptions(Options):
     """What every objective can be told in a recipe. Subclasses add fields, each with a description."""
 
     model_config = ConfigDict(validate_default=True)
 
-    weight: float = Field(1.0, ge=0, description="Weight of its mean in the loss.")
+    weight: Weight = Field(
+        1.0, description="Weight of its mean in the loss: a number, or step of a stage → number, linear in between."
+    )
     start_step: int = Field(0, ge=0, description="First step of a stage that it takes part in, counted from 0.")
     end_step: int | None = Field(None, gt=0, description="First step of a stage that it no longer takes part in.")
     probability: float = Field(1.0, gt=0, le=1, description="Share of steps that it takes part in, drawn by the seed.")

@@ -108,11 +108,11 @@ def describe(recent: Sequence[Mapping[str, float]], left: int | None) -> str:
     """
     seconds = sum(line["step_seconds"] for line in recent) or 1e-9
     parts = [key for key in recent[-1] if key.startswith("loss/")]
-    shown = ["loss", *parts] if len(parts) > 1 else ["loss"]
+    shown = ["loss", *parts] if len(parts) > 1 or any(_times(recent[-1], key) for key in parts) else ["loss"]
     words = []
     for key in shown:
         values = [line[key] for line in recent if key in line]
-        words.append(f"{key.removeprefix('loss/')} {sum(values) / len(values):.4f}")
+        words.append(f"{key.removeprefix('loss/')} {sum(values) / len(values):.4f}{_times(recent[-1], key)}")
     for key in ("images", "tokens"):
         words.append(f"{_short(sum(line[key] for line in recent) / seconds)} {key}/s")
     words.append(f"data {sum(line['data_wait'] for line in recent) / seconds:.0%}")
@@ -120,6 +120,13 @@ def describe(recent: Sequence[Mapping[str, float]], left: int | None) -> str:
     if left is not None:
         words.append(f"ETA {timedelta(seconds=round(left * seconds / len(recent)))}")
     return "  ".join(words)
+
+
+def _times(line: Mapping[str, float], key: str) -> str:
+    """The weight of a part of the loss, as ` (×0.5)`, where it is not 1."""
+    raw = line[key]
+    weight = f"{line.get(key.replace('loss/', 'weighted/', 1), raw) / raw:.3g}" if raw else "1"
+    return f" (×{weight})" if weight != "1" else ""
 
 
 def _console(stderr: bool) -> Console:

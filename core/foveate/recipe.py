@@ -10,6 +10,7 @@ import pydantic
 from pydantic import AfterValidator, Field, PlainValidator, ValidationInfo
 
 from foveate.explain import did_you_mean, each, said
+from foveate.objective import Weight
 from foveate.options import absolute
 from foveate.recipe_fields import (
     NOT_EMPTY,
@@ -103,6 +104,15 @@ def _train(value: Any, info: ValidationInfo) -> dict[str, TrainRule]:
     return each(value, check)
 
 
+def _part_of_the_loss(part: str, info: ValidationInfo) -> str:
+    objectives, active = context_of(info).get("objectives"), info.data.get("objectives")
+    if part != "text" and objectives is not None and part not in objectives:
+        raise said(f"unknown part of the loss {part!r}{did_you_mean(part, {'text', *objectives})}")
+    if part != "text" and active is not None and part not in active:
+        raise said(f"'{part}' is not active in this stage; name it in `objectives`, or not here")
+    return part
+
+
 class DataSource(Section):
     """A data set (`type`, default `llava`, or `preset`, and its own keys) and how it is used, side by side."""
 
@@ -149,6 +159,9 @@ class Stage(Section):
     system: str | None = Field(None, description="System prompt of conversations that have none.")
     geometry: Geometry = Field("pad", description="How a picture becomes the encoder's square.")
     objectives: ObjectiveNames | None = Field(None, description="Objectives that are active. Default: all.")
+    weights: dict[Annotated[str, AfterValidator(_part_of_the_loss)], Weight] | None = Field(
+        None, description="Active objective or `text` → its weight in this stage, instead of the recipe's."
+    )
     frozen: ObjectiveNames = Field((), description="Objectives that are active although nothing of them is trained.")
     train: Annotated[dict[str, TrainRule], PlainValidator(_train)] = Field(
         description="Part (`encoder`, `projector`, `llm` or an objective) → learning rate, or the mapping below."
@@ -190,7 +203,7 @@ class Stage(Section):
 class TextLoss(Section):
     """The loss on text: the mean cross-entropy of the supervised tokens."""
 
-    weight: float = Field(1.0, ge=0, description="Its weight in the loss.")
+    weight: Weight = Field(1.0, description="Its weight in the loss: a number, or step of a stage → number.")
 
 
 class Precision(Section):
@@ -243,6 +256,11 @@ class Recipe(Section):
     precision: Precision = Field(Precision(), description="Number formats.")
     hardware: Hardware = Field(default_factory=Hardware, description="Memory and speed.")
     checkpoint_every: Count | None = Field(None, description="Steps between checkpoints; a stage's end has one anyway.")
+    gradients_every: Count | None = Field(
+        None, description="Steps between measurements of the gradient of each part of the loss, in projector and LLM: "
+        "norms and cosines. Such a step costs one more backward pass for each part, and the memory of one gradient of "
+        "projector and LLM for each part and of one more. Not beside `hardware.compile`.",
+    )  # fmt: skip
     trackers: tuple[str, ...] = Field((), description="accelerate's trackers, such as `tensorboard` or `wandb`.")
     log_every: Count = Field(10, description="Steps between lines of progress where there is no terminal.")
     evaluate: Evaluate | None = Field(None, description="Metrics at the end of the run.")

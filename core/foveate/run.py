@@ -27,7 +27,7 @@ RECIPE, MANIFEST, METRICS = "recipe.yaml", "manifest.json", "metrics.jsonl"
 _LIBRARIES = ("foveate", "torch", "transformers", "accelerate", "tokenizers", "timm", "peft", "safetensors", "numpy")
 _LOCK = ".lock"
 _locks: dict[Path, IO[str]] = {}
-_MAY_CHANGE = {"output", "hardware", "checkpoint_every", "log_every", "trackers", "evaluate"}
+_MAY_CHANGE = {"output", "hardware", "checkpoint_every", "gradients_every", "log_every", "trackers", "evaluate"}
 """Keys of a recipe that change nothing of what is learned: a resumed run may have others."""
 
 

@@ -29,7 +29,7 @@ from foveate.learner import Learner
 from foveate.model.build import Blueprint, blueprint, load_strictly
 from foveate.model.language import check_language_model
 from foveate.model.lmm import LMM
-from foveate.objective import VisionObjective
+from foveate.objective import VisionObjective, Weight
 from foveate.plan import make_plan, render
 from foveate.plugins import Plugins, installed_plugins
 from foveate.precision import DTYPES, FrozenParts
@@ -199,12 +199,11 @@ class Session:
         """Their teachers."""
         return self.learner.teachers
 
-    def weight(self, part: str) -> float:
-        """The recipe's weight of a part of the loss."""
-        if part == "text":
-            return self.recipe.text.weight
-        options: Any = self.recipe.objectives[part].options
-        return float(options.weight)
+    def weight(self, part: str, stage: Stage) -> Weight:
+        """The recipe's weight of a part of the loss in a stage."""
+        options: Any = self.recipe.text if part == "text" else self.recipe.objectives[part].options
+        weight: Weight = (stage.weights or {}).get(part, options.weight)
+        return weight
 
     def stage_data(self, stage: Stage) -> StageData:
         """What this process trains on in a stage."""
@@ -240,6 +239,7 @@ class Session:
             return
         self.run.log({"stage": stage, "step": step, **metrics})
         if self.recipe.trackers:
-            shown = {f"{stage}/{name}": value for name, value in metrics.items() if math.isfinite(value)}
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            shown = {f"{stage}/{name}".replace("~", "."): value for name, value in finite.items()}  # MLflow takes no ~
             self.accelerator.log(shown, step=step)
         self.plugins.hook.step_finished(run=self.run, stage=stage, step=step, metrics=dict(metrics))

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 from foveate.checkpoint import checkpoint_folder, load_optimizer_state, optimizer_state, save_checkpoint
 from foveate.data.steps import StageData, StepBatches
 from foveate.errors import TrainingError
+from foveate.gradients import GradientProbe
 from foveate.learner import StepOutput
 from foveate.model.lmm import PARTS
-from foveate.objective import Moment, VisionObjective
+from foveate.objective import Moment, VisionObjective, weight_at
 from foveate.optim import (
     MovementCheck,
     TrainedPart,
@@ -49,7 +50,7 @@ class StageLoop:
         self.modules: dict[str, nn.Module] = {name: getattr(session.lmm, name) for name in PARTS}
         self.modules |= session.objectives
         self.active = {name: session.objectives[name] for name in session.recipe.active(stage)}
-        self.seen: set[str] = set()  # objectives that have taken part
+        self.seen: set[str] = set()  # parts of the loss that have taken part with a weight
         self.parts = self._freeze_and_train()
         self.optimizer = make_optimizer(self.parts, stage.weight_decay, stage.betas)
         self.step = 0
@@ -91,7 +92,7 @@ class StageLoop:
             self.step += 1
             if movement is not None and self.step == min(MOVEMENT_STEPS, total):
                 waiting = self.active.keys() - self.seen
-                idle = [part.name for part in self.parts if part.name.partition(".")[0] in waiting]
+                idle = [part.name for part in self.parts if not self.seen or part.name.partition(".")[0] in waiting]
                 movement.verify(f"stage {stage.name}, step {self.step}", idle)
                 movement = None
             metrics |= {f"lr/{part}": rate for part, rate in rates.items()}
@@ -120,8 +121,11 @@ class StageLoop:
                 told.append(f"{work.tokens:,} tokens and {work.images:,} images")
                 with memory_errors(f"the largest micro-batch of stage {name}, {told[-1]}"):
                     output: StepOutput = self.learner(work.batches[0].to(session.device), moment, self.active)
-                    totals = totals_of(output)
-                    session.accelerator.backward(self._weighted(totals, dict.fromkeys(totals, 1.0)))
+                    terms = self._terms(output, dict.fromkeys(output.terms, 1.0))
+                    probe = self._probe(self.active, session.recipe.gradients_every is not None)
+                    probe.add(terms)
+                    session.accelerator.backward(added(terms))
+                    probe.metrics(session.accelerator)
         if self.step == 0:
             folder, every = self.save(), session.recipe.checkpoint_every
             if session.accelerator.is_main_process:
@@ -146,18 +150,22 @@ class StageLoop:
         self.stopping = counts["stop"] > 0  # all processes stop after the same step
         taking_part = {name for name, part in self.active.items() if part.options.takes_part(name, moment)}
         resting = self._resting(taking_part)
-        tally = Tally()
+        every = session.recipe.gradients_every
+        tally, probe = Tally(), self._probe(taking_part, every is not None and (self.step + 1) % every == 0)
         for number, batch in enumerate(work.batches, 1):
             last = number == len(work.batches)
             with contextlib.nullcontext() if last else session.accelerator.no_sync(self.learner):
                 output: StepOutput = self.learner(batch.to(session.device), moment, taking_part)
-                loss = self._weighted(totals_of(output), counts)
+                terms = self._terms(output, counts)
+                probe.add(terms)
+                loss = added(terms)
                 share = session.accelerator.num_processes  # undoes the average that DDP takes over processes
                 if share > 1:  # every process gives every parameter a gradient
                     loss = loss + sum((parameter.sum() * 0.0 for parameter in resting), start=loss * 0.0)
                 session.accelerator.backward(share * loss)
             tally.add(output, batch)
         losses = self._means(tally, counts)
+        gradients = probe.metrics(session.accelerator)
         where = f"stage {self.stage.name}, step {self.step + 1} (samples {tally.shown()}{' and others' * (share > 1)})"
         for parameter in resting:  # not stepped: no momentum, no decay
             parameter.grad = None
@@ -168,9 +176,10 @@ class StageLoop:
         for name, sums in statistics.items():
             with torch.no_grad():
                 called(self.active[name], name, "after_step", self.step, sums)
-        self.seen |= taking_part
+        settings = {name: session.weight(name, self.stage) for name in ("text", *taking_part)}
+        self.seen |= {name for name, weight in settings.items() if not weight or weight_at(weight, self.step)}
         sizes = {name: counts[name] for name in ("samples", "images", "tokens")}
-        return {**losses, "grad_norm": norm, **sizes}
+        return {**losses, "grad_norm": norm, **gradients, **sizes}
 
     def _resting(self, taking_part: Collection[str]) -> list[nn.Parameter]:
         """Trained parameters of objectives that sit this step out."""
@@ -178,10 +187,17 @@ class StageLoop:
         parts = [part for part in self.parts if part.name.partition(".")[0] in names]
         return [parameter for part in parts for parameter in part.parameters.values()]
 
-    def _weighted(self, totals: Mapping[str, Tensor], counts: Mapping[str, float]) -> Tensor:
-        """The loss: each part's sum over the step's count of its units, times the recipe's weight."""
-        terms = [self.session.weight(name) * total / max(counts[name], 1.0) for name, total in totals.items()]
-        return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
+    def _weight(self, name: str) -> float:
+        """The weight of a part of the loss in this step."""
+        return weight_at(self.session.weight(name, self.stage), self.step)
+
+    def _terms(self, output: StepOutput, counts: Mapping[str, float]) -> dict[str, Tensor]:
+        """The parts of the loss: each one's sum over the step's count of its units, times its weight."""
+        return {name: self._weight(name) * term.total / max(counts[name], 1.0) for name, term in output.terms.items()}
+
+    def _probe(self, taking_part: Collection[str], due: bool) -> GradientProbe:
+        """For the gradients of the parts of the loss; where it is not due, it looks at nothing."""
+        return GradientProbe(self.parts if due else (), ["text", *filter(taking_part.__contains__, self.active)])
 
     def _means(self, tally: Tally, counts: Mapping[str, float]) -> dict[str, float]:
         """Raw means of every part, the weighted total, and the parts' metrics; of a part without a unit, nothing.
@@ -198,13 +214,15 @@ class StageLoop:
                 "before this step."
             )
         means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
-        weighted = sum(self.session.weight(name) * mean for name, mean in means.items())
+        weighted = {name: self._weight(name) * mean for name, mean in means.items()}
+        told = self.session.objectives or self.session.weight("text", self.stage) != 1
         shares = {
             name.removeprefix("metric/"): value / found[f"count/{name.removeprefix('metric/')}"]
             for name, value in found.items()
             if name.startswith("metric/") and found[f"count/{name.removeprefix('metric/')}"]
         }
-        return {"loss": weighted, **{f"loss/{name}": mean for name, mean in means.items()}, **shares}
+        losses = {"loss": sum(weighted.values()), **{f"loss/{name}": mean for name, mean in means.items()}}
+        return losses | ({f"weighted/{name}": value for name, value in weighted.items()} if told else {}) | shares
 
     @contextlib.contextmanager
     def _memory_savers(self) -> Iterator[None]:
@@ -321,9 +339,9 @@ def _merged_name(name: str) -> str:
     return name.partition(".lora_")[0] + ".weight" if ".lora_" in name else name
 
 
-def totals_of(output: StepOutput) -> dict[str, Tensor]:
-    """The sum of every part of the loss."""
-    return {name: term.total for name, term in output.terms.items()}
+def added(terms: Mapping[str, Tensor]) -> Tensor:
+    """The loss."""
+    return torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["text"]
 
 
 def timed(steps: Iterable[StepBatches]) -> Iterator[tuple[StepBatches, float]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from foveate.data.views import ObjectiveRule
 from foveate.errors import FoveateError, ModelError, RecipeError
 from foveate.forward_pass import check_wishes
+from foveate.gradients import PLACES
 from foveate.model.taps import layer_index
 from foveate.objective import VisionObjective
 from foveate.recipe import Recipe, Stage
@@ -18,6 +19,11 @@ def check_objectives(
     """Raises `RecipeError` with everything that cannot work: layers, wishes, teachers, parts that nothing trains."""
     rules = {name: ObjectiveRule(name, type(part), part.options) for name, part in objectives.items()}
     problems: list[str] = []
+    trained = {part.partition(".")[0] for stage in recipe.stages for part in stage.train}
+    if recipe.gradients_every and recipe.hardware.compile:  # their memory is reused, in kernels cached on disk too
+        problems.append("gradients_every: compiled blocks allow one backward pass; leave it or hardware.compile out")
+    if recipe.gradients_every and trained.isdisjoint(PLACES):
+        problems.append("gradients_every: no stage trains projector or llm, whose gradients it measures; leave it out")
     for rule in rules.values():
         problems += _facts(recipe, rule, objectives[rule.name], encoder_blocks, llm_blocks)
     for stage in recipe.stages:

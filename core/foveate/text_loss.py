@@ -25,7 +25,7 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, bias: Tensor | None, ta
 
     states `[S, D]`, weight `[V, D]`, bias `[V]` or None, targets `[S]` int64 → total (scalar) and `[S]` losses without
     a gradient. Under autocast the products run in its dtype; the softmax and all sums are in fp32, or fp64 where the
-    states are. The backward may run once.
+    states are.
     """
     device = states.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
@@ -106,8 +106,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         if grad_states is not None:
             grad_states = grad_states * grad_total.to(grad_states.dtype)
-        if grad_weight is not None:  # the largest tensor of the step: scaled where it stands, it is used once
-            grad_weight = grad_weight.mul_(grad_total).to(weight_dtype)
+        if grad_weight is not None:  # the largest tensor of the step: scaled where it stands when it is used last
+            again = torch._C._autograd._get_current_graph_task_keep_graph()
+            grad_weight = (grad_weight * grad_total if again else grad_weight.mul_(grad_total)).to(weight_dtype)
         if grad_bias is not None:
             grad_bias = (grad_bias * grad_total).to(bias_dtype)
         return grad_states, grad_weight, grad_bias, None, None, None

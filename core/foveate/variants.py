@@ -72,7 +72,7 @@ def take_out(tree: Tree) -> None:
                 block[key] = [part for part in value if part not in off]
 
 
-_NAMING = ("train", "objectives", "frozen")
+_NAMING = ("train", "objectives", "frozen", "weights")
 """Keys of stages and of their data that name objectives."""
 
 

@@ -26,13 +26,15 @@ def drawing(
     stages: Mapping[str, int],
     last: int,
     linear: bool = False,
+    span: Sequence[float] = (),
 ) -> str:
     """A figure with steps 1 to `last` to the right, and dashed lines where stages meet.
 
     `curves`: name, a piece a stage, colour. `stages`: name → steps before it. `linear`: values are drawn as they are,
-    on an axis from 0; else noisy ones get a running mean, and an axis may be logarithmic.
+    on an axis from 0; else noisy ones get a running mean, and an axis may be logarithmic. `span`: values that the axis
+    reaches in any case.
     """
-    values = np.concatenate([np.zeros(int(linear)), *(piece for _, pieces, _ in curves for _, piece in pieces)])
+    values = np.concatenate([np.zeros(int(linear)), span, *(piece for _, pieces, _ in curves for _, piece in pieces)])
     up = Axis(values[np.isfinite(values)], _BOTTOM, _TOP, linear)
     across = Axis(np.array([1.0, max(2, last)]), _LEFT, _RIGHT, linear=True)
     parts = [_text(_LEFT - 6, y + 3.5, label, "end") + _line(_LEFT, y, _RIGHT, y, 0.15) for y, label in up.ticks()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 _MOST = 40
 """Drawings of a section."""
+
+_COLOURS = {"": SERIES[0], "held out": SERIES[1], "weighted": SERIES[2]}
+_NORM = re.compile(r"gradient/([^/]+)/(projector|llm)")
+_COSINE = re.compile(r"cosine/([^/~]+)~([^/]+)/(projector|llm)")
 
 
 class History:
@@ -44,7 +49,7 @@ class History:
 
 
 def sections(run: Run) -> list[tuple[str, str]]:
-    """Evaluation, losses, metrics of objectives, rates, speed: those that the run has."""
+    """Evaluation, losses, metrics of objectives, gradients, rates, speed: those that the run has."""
     path = run.folder / "evaluation.json"
     evaluations = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     found = [(f"Evaluation: {entry['title']}", _evaluation(entry)) for entry in evaluations]
@@ -54,10 +59,19 @@ def sections(run: Run) -> list[tuple[str, str]]:
     history = History(lines)
     losses = [key for key in history.keys if key.startswith("loss/")]
     losses = ["loss", *losses] if len(losses) > 1 else losses
+    weighted = {key: key.replace("loss/", "weighted/", 1) for key in losses}
+    drawn = {*weighted.values(), *(key for key in history.keys if _NORM.fullmatch(key) or _COSINE.fullmatch(key))}
     others = [key for key in history.keys if "/" in key and not key.startswith(("loss/", "lr/", "valid/loss/"))]
-    found.append(("Losses", _panels(history, losses, {key: f"valid/{key}" for key in losses})))
+    others = [key for key in others if key not in drawn]
+    beside = {key: {"held out": f"valid/{key}"} for key in losses}
+    for key, other in weighted.items():
+        if any(line.get(other, line.get(key)) != line.get(key) for line in lines):
+            beside[key]["weighted"] = other
+    found.append(("Losses", _panels(history, losses, beside)))
     if others:
         found.append(("Metrics of the objectives", _panels(history, others)))
+    if any(_NORM.fullmatch(key) for key in history.keys):
+        found.append(("Gradients of the parts of the loss", _gradients(history)))
     found.append(("Learning rates and gradient", _rates(history)))
     found.append(("Speed", _speed(history)))
     return found
@@ -104,17 +118,36 @@ def _speed(history: History) -> str:
     return _table(columns, rows) + f'<ul class="notes"><li>{note}</li></ul>'
 
 
-def _panels(history: History, keys: Sequence[str], held_out: Mapping[str, str] | None = None) -> str:
-    """A drawing each key: its values, a running mean of them, and what it was on held-out data."""
+def _panels(history: History, keys: Sequence[str], beside: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """A drawing each key: its values, a running mean of them, and what stands `beside` it, as name → key."""
     drawings = []
     for key in keys[:_MOST]:
-        curves = [("", history.pieces(key), SERIES[0])]
-        beside = history.pieces((held_out or {}).get(key, ""))
-        if beside:
-            curves.append(("held out", beside, SERIES[1]))
-        drawings.append(_drawn(history, key, curves))
-    more = f'<ul class="notes"><li>{len(keys) - _MOST} more in metrics.jsonl</li></ul>' if len(keys) > _MOST else ""
-    return _grid(drawings) + more
+        named = {"": key, **(beside or {}).get(key, {})}
+        curves = [(name, history.pieces(named[name]), _COLOURS[name]) for name in named]
+        drawings.append(_drawn(history, key, [curve for curve in curves if curve[1]]))
+    return _grid(drawings) + _more(len(keys))
+
+
+def _gradients(history: History) -> str:
+    """Norms in projector and LLM, a curve a part of the loss; and cosines, a drawing for each pair of parts."""
+    norms: dict[str, list[tuple[str, str]]] = {}
+    cosines: dict[str, list[tuple[str, str]]] = {}
+    for key in history.keys:
+        if norm := _NORM.fullmatch(key):
+            norms.setdefault(norm[2], []).append((norm[1], key))
+        elif cosine := _COSINE.fullmatch(key):
+            cosines.setdefault(f"{cosine[1]} ~ {cosine[2]}", []).append((cosine[3], key))
+
+    def curves(named: Sequence[tuple[str, str]]) -> list[tuple[str, list[Curve], str]]:
+        return [(name, history.pieces(key), SERIES[at % len(SERIES)]) for at, (name, key) in enumerate(named)]
+
+    drawings = [_drawn(history, f"norm in {place}", curves(named)) for place, named in norms.items()]
+    drawings += [
+        _drawn(history, f"cosine of {pair}", curves(named), linear=True, span=(-1.0, 1.0))
+        for pair, named in list(cosines.items())[:_MOST]
+    ]
+    note = "Of the weighted parts, over the whole step, before clipping. A cosine below 0: the two parts pull apart."
+    return _grid(drawings) + f'<ul class="notes"><li>{note}</li></ul>' + _more(len(cosines))
 
 
 def _rates(history: History) -> str:
@@ -132,8 +165,17 @@ def _rates(history: History) -> str:
     return _grid([_drawn(history, "learning rate", curves, linear=True), _drawn(history, "norm of the gradient", norm)])
 
 
-def _drawn(history: History, title: str, curves: Sequence[tuple[str, list[Curve], str]], linear: bool = False) -> str:
-    return drawing(title, curves, dict(zip(history.stages, history.borders, strict=False)), len(history.lines), linear)
+def _drawn(
+    history: History, title: str, curves: Sequence[tuple[str, list[Curve], str]], linear: bool = False,
+    span: Sequence[float] = (),
+) -> str:  # fmt: skip
+    stages = dict(zip(history.stages, history.borders, strict=False))
+    return drawing(title, curves, stages, len(history.lines), linear, span)
+
+
+def _more(number: int) -> str:
+    left = number - _MOST
+    return f'<ul class="notes"><li>{left} more in metrics.jsonl</li></ul>' if left > 0 else ""
 
 
 def _grid(drawings: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"data"},
     {"model", "teachers", "targets"},
     {"text_loss", "forward_pass", "learner"},
-    {"optim", "precision", "checkpoint", "metrics", "run", "progress", "export", "tally"},
+    {"optim", "gradients", "precision", "checkpoint", "metrics", "run", "progress", "export", "tally"},
     {"data_room", "assembly", "session", "fitting", "rehearsal", "stage", "stage_checks", "plan", "training"}
     | {"loaded", "gallery", "report"},
     {"testing", "pytest_plugin", "cli", "plugin_cli", "show_cli", "export_cli", "scaffold", "recipe_docs"},
@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
 OUTSIDE = {"__init__", "__main__", "builtin"}
 """`__init__` hands names on lazily; `builtin` is core's own plugin and names classes as strings."""
 
-LIMIT = 7_600
+LIMIT = 7_650
 """Lines of code of floors 0 to 8; blank lines, comments and docstrings are free, so that nobody saves on them."""
 
 

@@ -137,11 +137,17 @@ def test_tied_weight_gets_both_gradients() -> None:
     torch.testing.assert_close(mine, weight.grad, atol=1e-12, rtol=1e-11)
 
 
-def test_second_backward_is_refused() -> None:
-    states, weight, bias, targets = inputs()
-    total, _ = linear_cross_entropy(states, weight, bias, targets)
-    total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
+    """Other factors in between leave no trace; what comes after the last pass is refused, not wrong."""
+    *leaves, targets = inputs()
+    expected = torch.autograd.grad(linear_cross_entropy(*leaves, targets)[0] * 0.7, leaves)
+    total = linear_cross_entropy(*leaves, targets)[0]
+    for factor in (3.0, 0.0, 0.7):
+        found = torch.autograd.grad(total * factor, leaves, retain_graph=True)
+    last = torch.autograd.grad(total * 0.7, leaves, retain_graph=False)
+    for first, second, third in zip(expected, found, last, strict=True):
+        assert torch.equal(first, second) and torch.equal(first, third)
+    with pytest.raises(RuntimeError):
         total.backward()
 
 

@@ -363,12 +363,19 @@ def test_runs_on_data_that_have_changed_do_not_compare(
     assert status == 2 and f"{path.parent}: the data" in error
 
 
+def braces(word: str) -> list[str]:
+    """As a shell expands one `{…,…}`."""
+    before, brace, rest = word.partition("{")
+    inner, _, after = rest.partition("}")
+    return [before + part + after for part in inner.split(",")] if brace else [word]
+
+
 def test_the_commands_of_the_page_read_their_recipes() -> None:
     page = (ROOT / "docs" / "comparing.md").read_text(encoding="utf-8")
     commands = [shlex.split(line) for line in page.splitlines() if line.startswith("foveate compare examples/")]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for _, _, *words in commands:
-        recipes = [ROOT / word for word in words if word.endswith(".yaml")]
+        recipes = [ROOT / path for word in words for path in braces(word) if path.endswith(".yaml")]
         vary = read_vary(words[words.index("--vary") + 1]) if "--vary" in words else None
         variants = read_variants(recipes, vary, ())
         assert len(variants) == len(recipes) * len(vary.values if vary else "1")
