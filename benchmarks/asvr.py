@@ -99,7 +99,7 @@ def one_side(case: dict[str, Any]) -> dict[str, float]:
         with Peak() as peak:
             started = time.process_time()
             if case["side"] == "foveate":
-                loss = code_losses(head, states, codes, quantizer, weights, half).total
+                loss = code_losses(head, states, codes, quantizer, weights, half, case["chunk"]).total
             else:
                 loss = straightforward(head, states, codes, quantizer, half)
             loss.backward()
@@ -166,6 +166,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--tokens", type=int, nargs="+", default=[729])
     parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+", default=["fp32"])
+    parser.add_argument("--chunk", type=int, help="tokens of a chunk of ours; default: what it chooses")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--targets", action="store_true", help="only the targets")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -175,7 +176,7 @@ def main() -> None:
         return
     for tokens in [] if given.targets else given.tokens:
         for precision in given.precision:
-            case = {name: getattr(given, name) for name in (*sizes, "threads")}
+            case = {name: getattr(given, name) for name in (*sizes, "threads", "chunk")}
             print(f"{tokens} tokens x {given.depth} depths x {given.codes:,} codes, {precision}:", flush=True)
             compare_heads({**case, "tokens": tokens, "precision": precision})
     compare_targets(8, given.threads)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from foveate.errors import PluginError
 from foveate.files import read_json, write_text
-from foveate.fitting import FIT, TEACHERS
+from foveate.fitting import FIT, TEACHERS, told_in_words
 from foveate.gallery import Pictures, draws, last_line, png_ready, save_pictures
 from foveate.loaded import LoadedRun
 from foveate.objective import Picture
@@ -173,7 +173,7 @@ def page(run: LoadedRun, sections: Sequence[Section]) -> str:
         f"foveate {versions.get('foveate')}",
     ]
     for path in sorted((run.run.folder / TEACHERS).glob(f"*/{FIT}")):
-        numbers = ", ".join(f"{key} {value:.4g}" for key, value in read_json(path)["told"].items())
+        numbers = told_in_words(read_json(path)["told"])
         facts.append(f"teacher of {path.parent.name} fitted: {numbers}")
     told = [f"{name} {version}" for name, version in {**versions, **manifest["plugins"]}.items()]
     return template.render(name=manifest["name"], facts=facts, sections=sections, versions=told)
