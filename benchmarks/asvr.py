@@ -8,8 +8,8 @@ is the plugin's; the straightforward one has the same weights, tokens before dep
 as `einsum` over weights of all depths, and all logits at once. Each side runs in a process of its own. Time is that of
 the process on its CPU, so that other processes count little. Memory is the peak of the resident set over what was there
 before: once where gradients begin as None, so that those that both sides leave count, and once where they are there
-already, as in all micro-batches of a step but the first. Ours holds one set of gradients of the head and one chunk of
-tokens, however many tokens there are; the straightforward one grows with them.
+already, as in all micro-batches of a step but the first. Ours keeps what the backward needs as long as it is smaller than
+the head, and takes more tokens chunk by chunk; the straightforward one grows with the tokens.
 
 The targets: encoding a batch's pictures for the LLM and for residual codes, by one pass or by two.
 """

@@ -11,16 +11,16 @@ codebook, C width of their vectors. Depth comes first, so that a product for eac
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from foveate import Options
-from foveate_asvr.quantizer import ResidualQuantizer, full
+from foveate_asvr.blocks import EPSILON, attention, cross_entropy, feed_forward
+from foveate_asvr.quantizer import ResidualQuantizer
 
 FIRST_LOGITS = 0.2
 """Deviation of the logits at the start, so that the first loss is ln K + 0.02."""
@@ -68,7 +68,9 @@ HeadOptions = Annotated[
 
 
 class CodeHead(nn.Module):
-    """Base of heads: `features` of every depth, and a classifier for each."""
+    """Base of heads: `rows` of every depth, a norm, and a classifier for each depth."""
+
+    norm: nn.RMSNorm
 
     def __init__(self, depth: int, size: int, inner: int):
         super().__init__()
@@ -78,22 +80,30 @@ class CodeHead(nn.Module):
             nn.init.normal_(classifier.get_parameter("weight"), std=FIRST_LOGITS * inner**-0.5)
 
     @abstractmethod
-    def features(self, states: Tensor, sums: Tensor) -> Tensor:
-        """States `[R, D]` and sums of vectors up to each depth, `[q, R, C]` → `[q+1, R, E]`; q < Q."""
+    def rows(self, states: Tensor, sums: Tensor) -> Sequence[Tensor]:
+        """States `[R, D]` and sums of vectors up to each depth, `[q, R, C]` → q+1 of `[R, E]`; q < Q."""
 
     def each_depth(self, states: Tensor, codes: Tensor, quantizer: ResidualQuantizer) -> Iterator[Tensor]:
         """Logits `[R, K]` of one depth after the other, the codes `[R, Q]` of those before it being known."""
-        sums = quantizer.partial_sums(codes[:, : self.depth - 1]).to(states.dtype)
-        for rows, classifier in zip(self.features(states, sums), self.classifiers, strict=True):
-            yield classifier(rows)
+        for rows, classifier in self._classified(states, codes, quantizer):
+            yield classifier(self.norm(rows))
 
     def forward(self, states: Tensor, codes: Tensor, quantizer: ResidualQuantizer) -> tuple[Tensor, Tensor]:
         """Sums over tokens by depth, `[Q]`: of the cross-entropies, and of how often the likeliest code is right."""
         losses, hits = list[Tensor](), list[Tensor]()
-        for logits, wanted in zip(self.each_depth(states, codes, quantizer), codes.unbind(1), strict=True):
-            losses.append(F.cross_entropy(full(logits), wanted, reduction="sum"))
-            hits.append((logits.detach().argmax(1) == wanted).sum())
+        for (rows, classifier), wanted in zip(self._classified(states, codes, quantizer), codes.unbind(1), strict=True):
+            loss, right = cross_entropy(rows, self.norm.weight, classifier.weight, wanted)
+            losses.append(loss)
+            hits.append(right)
         return torch.stack(losses), torch.stack(hits)
+
+    def _classified(
+        self, states: Tensor, codes: Tensor, quantizer: ResidualQuantizer
+    ) -> Iterator[tuple[Tensor, nn.Linear]]:
+        sums = quantizer.partial_sums(codes[:, : self.depth - 1]).to(states.dtype)
+        for rows, classifier in zip(self.rows(states, sums), self.classifiers, strict=True):
+            assert isinstance(classifier, nn.Linear)
+            yield rows, classifier
 
     def logits(self, states: Tensor, codes: Tensor, quantizer: ResidualQuantizer) -> Tensor:
         """All of them, `[R, Q, K]`: for inspection; training never makes them."""
@@ -105,25 +115,18 @@ class CodeHead(nn.Module):
         codes = torch.zeros(len(states), 0, dtype=torch.int64, device=states.device)
         for depth, classifier in enumerate(self.classifiers):
             sums = quantizer.partial_sums(codes).to(states.dtype)
-            chosen = classifier(self.features(states, sums)[depth]).argmax(1)
+            chosen = classifier(self.norm(self.rows(states, sums)[depth])).argmax(1)
             codes = torch.cat([codes, chosen[:, None]], 1)
         return codes
 
 
 class PerDepth(nn.Module):
-    """A linear map without bias for each depth: `[q, R, in]` → `[q, R, out]`, one batched product.
-
-    The first weights are uniform, as `nn.Linear`'s, within 1/sqrt(`fan_in`).
-    """
+    """Weights `[Q, in, out]` of a linear map for each depth, first uniform in 1/sqrt(`fan_in`) as `nn.Linear`'s."""
 
     def __init__(self, depth: int, inner: int, outer: int, fan_in: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(depth, inner, outer))
         nn.init.uniform_(self.weight, -(fan_in**-0.5), fan_in**-0.5)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        weight = self.weight if len(rows) == len(self.weight) else self.weight[: len(rows)]
-        return torch.bmm(rows, weight)
 
 
 class LinearHead(CodeHead):
@@ -131,10 +134,10 @@ class LinearHead(CodeHead):
 
     def __init__(self, states: int, depth: int, size: int):
         super().__init__(depth, size, states)
-        self.norm = nn.RMSNorm(states, eps=1e-6)
+        self.norm = nn.RMSNorm(states, eps=EPSILON)
 
-    def features(self, states: Tensor, sums: Tensor) -> Tensor:
-        return self.norm(states).expand(len(sums) + 1, -1, -1)
+    def rows(self, states: Tensor, sums: Tensor) -> Sequence[Tensor]:
+        return [states] * (len(sums) + 1)
 
 
 class DepthTransformer(CodeHead):
@@ -146,17 +149,16 @@ class DepthTransformer(CodeHead):
         self.projector = nn.Sequential(nn.Linear(states, width), nn.GELU(), nn.Linear(width, width))
         self.vectors = nn.Linear(vectors, width) if depth > 1 else None
         self.layers = nn.ModuleList(DepthLayer(options, depth) for _ in range(options.layers))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = nn.RMSNorm(width, eps=EPSILON)
 
-    def features(self, states: Tensor, sums: Tensor) -> Tensor:
+    def rows(self, states: Tensor, sums: Tensor) -> Sequence[Tensor]:
         inputs = [self.projector(states)[None]]
         if self.vectors is not None and len(sums):
             inputs.append(self.vectors(sums))
         rows = torch.cat(inputs).to(states.dtype)  # what adds up stays in full precision
         for layer in self.layers:
             rows = layer(rows)
-        normed: Tensor = self.norm(rows)
-        return normed
+        return rows.unbind()
 
 
 class DepthLayer(nn.Module):
@@ -167,23 +169,15 @@ class DepthLayer(nn.Module):
         width, inner = options.width, round(options.width * options.expansion)
         scale = depth if options.ffn_init == "released" else 1
         self.heads, self.released = options.heads, options.residual == "released"
-        self.attention_norm, self.ffn_norm = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(width, eps=EPSILON), nn.RMSNorm(width, eps=EPSILON)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up = PerDepth(depth, width, inner, fan_in=width * scale)
         self.down = PerDepth(depth, inner, width, fan_in=inner * scale)
 
     def forward(self, rows: Tensor) -> Tensor:
-        rows = rows + self.attend(self.attention_norm(rows))
-        normed = self.ffn_norm(rows)
-        return (normed if self.released else rows) + self.down(F.gelu(self.up(normed)))
-
-    def attend(self, rows: Tensor) -> Tensor:
-        """`[q, R, E]` → `[q, R, E]`; a depth sees itself and those before it, of its own visual token alone."""
-        q, count, width = rows.shape
-        split = self.qkv(rows).view(q, count, 3, self.heads, width // self.heads)
-        queries, keys, values = split.permute(2, 1, 3, 0, 4)  # [R, heads, q, E/heads] each
-        mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        return self.out(mixed.permute(2, 0, 1, 3).reshape(q, count, width))
+        """`[q, R, E]` → `[q, R, E]`."""
+        rows = attention(rows, self.attention_norm.weight, self.qkv.weight, self.out.weight, self.heads)
+        return feed_forward(rows, self.ffn_norm.weight, self.up.weight, self.down.weight, self.released)
 
 
 def make_head(options: Any, states: int, vectors: int, depth: int, size: int) -> CodeHead:

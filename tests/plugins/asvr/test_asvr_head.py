@@ -190,8 +190,11 @@ def test_feed_forwards_begin_with_the_fan_in_of_one_depth() -> None:
             assert float(weight.detach().abs().max()) == pytest.approx(bound, rel=0.01)
 
 
-def test_logits_of_all_tokens_never_exist_together() -> None:
-    """No tensor of the forward or the backward is as large as the logits of a quarter of the tokens."""
+def test_logits_of_all_chunks_never_exist_together() -> None:
+    """In chunks, no tensor of forward or backward is as large as the logits of a quarter of the tokens.
+
+    One chunk is enough where what it keeps is smaller than the head itself: an image under the paper's head.
+    """
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -212,7 +215,13 @@ def test_logits_of_all_tokens_never_exist_together() -> None:
         code_losses(head, states, codes, quantizer, torch.full((4,), 0.25), chunk=16).total.backward()
     assert 0 < largest <= 16 * 4 * size < rows * 4 * size / 4
     with torch.device("meta"):
-        assert 50 <= chunk_rows(make_head(DepthHeadOptions(), 8, 8, 8, 16384), torch.zeros(729, 8)) < 729
+        large = make_head(DepthHeadOptions(), 8, 8, 8, 16384)
+        size = sum(parameter.nbytes for parameter in large.parameters())
+        kept = 8 * 4 * (16384 + 2048 + 3 * (2 * 2048 + 3 * 2048 + 4096))  # gradients of logits, norms, layers
+        for rows in (1, 729, 1458, 2916, 100_000):
+            chunk = chunk_rows(large, torch.zeros(rows, 8))
+            assert (chunk == rows) is (rows * kept <= size)
+            assert chunk * kept <= size
 
 
 def test_greedy_codes_are_the_likeliest_given_themselves() -> None:
