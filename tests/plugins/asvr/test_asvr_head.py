@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.errors import ModelError
+from foveate_asvr import blocks
 from foveate_asvr.head import CodeHead, DepthHeadOptions, DepthTransformer, LinearHead, LinearHeadOptions, make_head
 from foveate_asvr.loss import chunk_rows, code_losses
 from foveate_asvr.quantizer import ResidualQuantizer
@@ -113,6 +115,117 @@ def test_chunks_change_neither_loss_nor_gradients(options: dict[str, Any]) -> No
     with torch.no_grad():
         found = code_losses(head, states, codes, quantizer, weights, chunk=5).total
         assert float(found) == pytest.approx(float(wanted))
+
+
+def plain(head: Any, states: Tensor, codes: Tensor, quantizer: ResidualQuantizer, weights: Tensor) -> Tensor:
+    """The loss of a depth transformer in torch's own operations, tokens first."""
+    sums = quantizer.partial_sums(codes[:, :-1]).transpose(0, 1)
+    x = torch.cat([head.projector(states)[:, None], head.vectors(sums)], 1)
+    rows, depth, width = x.shape
+    for layer in head.layers:
+        normed = F.rms_norm(x, (width,), layer.attention_norm.weight, 1e-6)
+        qkv = F.linear(normed, layer.qkv.weight).view(rows, depth, 3, layer.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*qkv, is_causal=True).transpose(1, 2).reshape(rows, depth, width)
+        x = x + F.linear(mixed, layer.out.weight)
+        normed = F.rms_norm(x, (width,), layer.ffn_norm.weight, 1e-6)
+        inner = F.gelu(torch.einsum("rqe,qef->rqf", normed, layer.up.weight))
+        x = (normed if layer.released else x) + torch.einsum("rqf,qfe->rqe", inner, layer.down.weight)
+    normed = F.rms_norm(x, (width,), head.norm.weight, 1e-6)
+    logits = torch.stack([head.classifiers[at](normed[:, at]) for at in range(depth)], 2)  # [R, K, Q]
+    return (F.cross_entropy(logits, codes, reduction="none") * weights).sum()
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["depth by depth", "all depths at once"])
+@pytest.mark.parametrize("options", [{}, {"residual": "released", "expansion": 1.5, "heads": 4}], ids=str)
+def test_gradients_are_those_of_torchs_own_operations(
+    together: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways through the depths, that of a CPU and that of a GPU, with tokens attended one by one or together."""
+    every = [slice(None)]
+    monkeypatch.setattr(blocks, "ATTENTION_ELEMENTS", 1 if not together else 1 << 19)
+    if together:
+        monkeypatch.setattr(blocks, "_depths", lambda _: every)
+    head, states, codes, quantizer = parts(rows=7, **options)
+    weights = torch.rand(DEPTH, dtype=torch.float64)
+    given = [states, *head.parameters()]
+    wanted = plain(head, states, codes, quantizer, weights)
+    found = code_losses(head, states, codes, quantizer, weights).total
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-12)
+    expected = torch.autograd.grad(wanted, given)
+    for grad, other in zip(torch.autograd.grad(found, given), expected, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_in_single_precision_are_those_in_double() -> None:
+    """Products in fp32 have a path of their own on some CPUs."""
+    head, states, codes, quantizer = parts(rows=40, width=32, heads=4)
+    weights = torch.full((DEPTH,), 1 / DEPTH)
+    exact = torch.autograd.grad(
+        code_losses(head, states, codes, quantizer, weights).total, [states, *head.parameters()]
+    )
+    head, quantizer, single = head.float(), quantizer.float(), states.detach().float().requires_grad_()
+    total = code_losses(head, single, codes, quantizer, weights).total
+    assert total.dtype is torch.float32
+    for grad, other in zip(torch.autograd.grad(total, [single, *head.parameters()]), exact, strict=True):
+        assert float((grad - other).norm()) < 1e-4 * float(other.norm())
+
+
+@pytest.mark.parametrize("options", [{}, {"type": "linear"}, {"residual": "released"}], ids=str)
+@pytest.mark.parametrize("chunk", [4, 13])
+def test_a_backward_may_run_again_with_any_factor(chunk: int, options: dict[str, Any]) -> None:
+    """For other parameters, for all of them, with 0, and what earlier ones returned stays as it was."""
+    head, states, codes, quantizer = parts(rows=13, **options)
+    weights, given = torch.rand(DEPTH, dtype=torch.float64), [states, *head.parameters()]
+    exact = torch.autograd.grad(code_losses(head, states, codes, quantizer, weights, chunk=13).total, given)
+    before = torch.ones((), dtype=torch.float64, requires_grad=True)
+    total = code_losses(head, states * before, codes, quantizer, weights, chunk=chunk).total
+    found = [(2, torch.autograd.grad(2 * total, states, retain_graph=True))]
+    found += [(each, torch.autograd.grad(each * total, given, retain_graph=True)) for each in (3, 0, -0.5)]
+    (5 * total).backward(retain_graph=True)
+    (7 * total).backward()
+    found.append((12, [tensor.grad for tensor in given]))
+    for factor, grads in found:
+        for grad, other in zip(grads, exact, strict=False):
+            torch.testing.assert_close(grad, factor * other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [4, 13])
+def test_gradients_of_weights_are_not_made_where_only_those_of_states_are_asked_for(chunk: int) -> None:
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made.update(tuple(each.shape) for each in (out,) if isinstance(each, Tensor))
+            return out
+
+    head, states, codes, quantizer = parts(rows=13)
+    weights = torch.full((DEPTH,), 1 / DEPTH, dtype=torch.float64)
+    large = {tuple(parameter.shape) for parameter in head.parameters() if parameter.ndim == 3}
+    total, made = code_losses(head, states, codes, quantizer, weights, chunk=chunk).total, set[tuple[int, ...]]()
+    with Watch():
+        torch.autograd.grad(total, states, retain_graph=True)
+    assert made and not made & large
+    with Watch():
+        total.backward()
+    assert made & large
+
+
+def test_a_frozen_part_has_no_gradient_and_changes_no_other() -> None:
+    head, states, codes, quantizer = parts()
+    weights = torch.full((DEPTH,), 1 / DEPTH)
+    code_losses(head, states, codes, quantizer, weights).total.backward()
+    exact = {name: value.grad for name, value in head.named_parameters()}
+    for frozen in ("layers.1.", "norm", "up", "classifiers", "projector"):
+        head.zero_grad()
+        for name, value in head.named_parameters():
+            value.requires_grad_(frozen not in name)
+        for chunk in (4, 9):
+            head.zero_grad()
+            code_losses(head, states, codes, quantizer, weights, chunk=chunk).total.backward()
+            for name, value in head.named_parameters():
+                if value.requires_grad:
+                    torch.testing.assert_close(value.grad, exact[name], rtol=1e-9, atol=1e-12)
+                else:
+                    assert value.grad is None
 
 
 def test_a_frozen_head_passes_gradients_on_and_frozen_states_do_not() -> None:
