@@ -182,7 +182,7 @@ def refused(folder: Path, corpus: Path, model: dict[str, Any], capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "falcon"}, "Falcon"),
+        ({"model_type": "mamba", "state_size": 4}, "Mamba"),
         ({"model_type": "gemma2", "head_dim": 8, "num_key_value_heads": 1}, "softcap"),
         ({"model_type": "gpt99"}, "gpt99"),
     ],
