@@ -117,10 +117,10 @@ def one_side(case: dict[str, Any]) -> dict[str, float]:
     for name in ("first", "later"):
         with Peak() as peak:
             started = time.process_time()
-            if case["side"] == "foveate":
+            if case["side"] in ("foveate", "torch_products"):
                 loss = code_losses(head, states, codes, quantizer, weights, half, case["chunk"]).total
             else:
-                loss = straightforward(head, states, codes, quantizer, half)
+                loss = straightforward(head, states, codes, quantizer, half, case["side"] == "released")
             loss.backward()
             told[f"seconds_{name}"] = time.process_time() - started
         told[f"megabytes_{name}"] = peak.most - peak.before
